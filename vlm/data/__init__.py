@@ -1,0 +1,1 @@
+"""Data: pictures, captions, shards, tokenizers, batches."""

@@ -1,0 +1,32 @@
+"""The errors that a user can cause, each with a message that says what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlmError(Exception):
+    """Base of all errors meant for the user: the command line prints the message alone and exits with 2."""
+
+
+class DataError(VlmError):
+    """A picture, caption, shard or data source can't be used."""
+
+
+class WeightsError(VlmError):
+    """A checkpoint can't be found, read or matched with a network."""
+
+
+class ConfigError(VlmError):
+    """An option or a configuration value is unknown or out of range."""
+
+
+class TrainingError(VlmError):
+    """Training can't go on; what was written before is intact."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest of `options`, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,153 @@
+"""Stage 1, CLIP (arXiv 2103.00020): an image and a text encoder, trained so that pairs agree (ITC)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm.models.transformer import Transformer, TransformerConfig
+from vlm.models.vit import ViT, ViTConfig
+from vlm.objectives.itc import itc, sigmoid_itc
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Both towers, the space they meet in, and the loss that brings them together."""
+
+    image: ViTConfig = field(default_factory=ViTConfig)
+    text: TransformerConfig = field(default_factory=TransformerConfig)
+    embed_dim: int = 512
+    """Features of the common space."""
+    image_pool: Literal["cls", "mean"] = "cls"
+    """The image's feature: its [CLS] state, or the mean of its patches."""
+    text_pool: Literal["cls", "eot", "mean"] = "cls"
+    """The text's feature: its first token's state, its last real token's (CLIP's end-of-text), or their mean."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """CLIP's softmax contrast or SigLIP's pairwise sigmoid one."""
+    logit_scale_init: float = 1 / 0.07
+    """Inverse temperature at the start (CLIP §2.5); SigLIP starts at 10."""
+    logit_scale_max: float = 100.0
+    """Upper bound of the inverse temperature; the lower one is 1."""
+    logit_bias_init: float | None = None
+    """Start of the sigmoid loss's bias (SigLIP: -10); None for no bias, which the softmax never needs."""
+    chunk: int = 0
+    """Rows of the loss compared at a time; 0 for all. Saves memory at large batches."""
+
+
+class Pairs(Protocol):
+    """What `Clip.forward` reads of a batch."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, 3, H, W) normalised pixels."""
+
+    @property
+    def tokens(self) -> Mapping[str, Tensor]:
+        """`input_ids` and `attention_mask`, each (B, L)."""
+
+
+class Clip(nn.Module):
+    """Two towers with a projection each and a learned temperature."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ViT(config.image)
+        self.text = Transformer(config.text)
+        self.image_projection = nn.Linear(config.image.width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
+        nn.init.normal_(self.image_projection.weight, std=config.image.width**-0.5)
+        nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
+        # One element, not zero dimensions: FSDP2 shards no scalars.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
+        bias = config.logit_bias_init
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """(1,) inverse temperature that cosines are multiplied by."""
+        return self.log_scale.exp()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Map (B, 3, H, W) normalised pixels to (B, D) unit-norm features."""
+        states = self.image(pixels)  # (B, N, D)
+        pooled = states[:, 0] if self.config.image_pool == "cls" else states[:, 1:].mean(dim=1)
+        return F.normalize(self.image_projection(pooled), dim=-1)
+
+    def encode_text(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Map `input_ids` and `attention_mask`, each (B, L), to (B, D) unit-norm features."""
+        mask = tokens["attention_mask"].bool()
+        states = self.text(self.text.embed(tokens["input_ids"]), key_mask=mask)  # (B, L, D)
+        return F.normalize(self.text_projection(pool_text(states, mask, self.config.text_pool)), dim=-1)
+
+    def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Cosine over temperature, (images, texts); the softmax of a row is a zero-shot classification."""
+        logits = self.logit_scale * image_features @ text_features.T
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    def forward(self, batch: Pairs) -> dict[str, Tensor]:
+        """Features of a batch and the parameters that the loss needs.
+
+        A training step is this forward: all that gets a gradient leaves through it, so that DDP and FSDP2,
+        which synchronise only what runs in `forward`, see all of it.
+
+        Returns:
+            `image` and `text`, each (B, D); `log_scale` (1,) and, if there is one, `logit_bias` (1,).
+        """
+        features = {"image": self.encode_image(batch.pixels), "text": self.encode_text(batch.tokens)}
+        shared = {"log_scale": self.log_scale, "logit_bias": self.logit_bias}
+        return features | {name: value * 1.0 for name, value in shared.items() if value is not None}
+
+    def contrast(
+        self,
+        features: Mapping[str, Tensor],
+        everyone: Mapping[str, Tensor],
+        *,
+        row_ids: Tensor,
+        ids: Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses of this rank's rows against everyone's features.
+
+        Args:
+            features: what `forward` gave for the rows, `image` and `text` (b, D).
+            everyone: `image` and `text` (B, D) of all ranks and micro-batches, the rows among them.
+            row_ids, ids: (b, K) and (B, K); equal ids are positives of each other.
+
+        Returns:
+            `loss`, the total, its named parts, and `scale`, the inverse temperature.
+        """
+        scale = features["log_scale"].exp()
+        rows, ids_of, chunk = (features["image"], features["text"]), {"row_ids": row_ids, "ids": ids}, self.config.chunk
+        if self.config.loss == "sigmoid":
+            bias = features.get("logit_bias", torch.zeros_like(scale))
+            loss = sigmoid_itc(*rows, everyone["text"], scale=scale, bias=bias, chunk=chunk, **ids_of)
+        else:
+            loss = itc(*rows, everyone["image"], everyone["text"], scale=scale, chunk=chunk, **ids_of)
+        return {"loss": loss, "itc": loss.detach(), "scale": scale.detach().squeeze(0)}
+
+    def loss(self, batch: Pairs, ids: Tensor) -> dict[str, Tensor]:
+        """Losses of one batch alone, without other ranks or micro-batches; `ids` is (B, K)."""
+        features = self(batch)
+        return self.contrast(features, features, row_ids=ids, ids=ids)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep the temperature within its bounds; called after each optimiser step."""
+        self.log_scale.clamp_(0.0, math.log(self.config.logit_scale_max))
+
+
+def pool_text(states: Tensor, mask: Tensor, pool: str) -> Tensor:
+    """Reduce (B, L, D) states to (B, D): the first, the last real one, or the mean of the real ones."""
+    if pool == "cls":
+        return states[:, 0]
+    if pool == "eot":
+        last = mask.sum(dim=1) - 1  # (B,), texts are padded on the right
+        return states[torch.arange(len(states), device=states.device), last]
+    weight = mask.to(states.dtype)[:, :, None]  # (B, L, 1)
+    return (states * weight).sum(dim=1) / weight.sum(dim=1)

@@ -1,0 +1,295 @@
+"""The one text transformer: CLIP's text tower, ALBEF's text and fusion layers, MED and Q-Former are settings of it.
+
+A layer is self-attention, optional cross-attention to image states, and a feed-forward. Two things may come in
+several routes inside a layer, each tensor stored once: self-attention (BLIP's encoder and decoder share all but
+it, arXiv 2201.12086 §3.1) and the feed-forward (the Q-Former's queries have their own, arXiv 2301.12597 §3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and settings of a text transformer."""
+
+    vocab_size: int = 30522
+    """Rows of the token embedding."""
+    context_length: int = 512
+    """Longest text, in tokens, that has a position embedding."""
+    width: int = 384
+    """Features of a token."""
+    layers: int = 6
+    heads: int = 12
+    mlp_width: int = 1536
+    """Hidden features of the feed-forward."""
+    causal: bool = False
+    """Whether a token sees only itself and what stands before it, unless a call says otherwise."""
+    norm: Literal["pre", "post"] = "post"
+    """`pre` as in CLIP (with a final norm), `post` as in BERT (with a norm on the embeddings)."""
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    norm_eps: float = 1e-12
+    token_types: int = 0
+    """Rows of the token-type embedding; 0 for none. BERT has 2, of which a single text uses row 0."""
+    cross_layers: tuple[int, ...] = ()
+    """Layers that look at image states after their self-attention."""
+    cross_width: int = 0
+    """Features of those image states; 0 for `width`."""
+    self_routes: tuple[str, ...] = ("text",)
+    """Self-attentions of each layer; a call names the one it takes."""
+    mlp_routes: tuple[str, ...] = ("text",)
+    """Feed-forwards of each layer; leading query rows take `query` where there is one."""
+    dropout: float = 0.0
+
+
+class KeyValues(NamedTuple):
+    """Projected keys and values, each (B, H, S, D / H)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache:
+    """Self-attention keys and values of the tokens seen so far, a pair for each layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[KeyValues] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.layers[0].keys.shape[2] if self.layers else 0
+
+    def append(self, layer: int, new: KeyValues) -> KeyValues:
+        """Join `new` to what layer number `layer` holds and return the whole."""
+        if layer == len(self.layers):
+            self.layers.append(new)
+        else:
+            old = self.layers[layer]
+            self.layers[layer] = KeyValues(*(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)))
+        return self.layers[layer]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the batch rows named in `rows` (B',), as beam search does after choosing its beams."""
+        self.layers = [KeyValues(kv.keys[rows], kv.values[rows]) for kv in self.layers]
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function behind a name: exact GELU, its tanh form, or OpenAI's ``x * sigmoid(1.702 x)``."""
+    if name == "quick_gelu":
+        return lambda x: x * torch.sigmoid(1.702 * x)
+    return lambda x: F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def attention_mask(key_mask: Tensor | None, *, length: int, past: int, causal: bool, device: torch.device) -> Tensor | None:
+    """The boolean mask of a self-attention, true where a query may look.
+
+    Args:
+        key_mask: (B, past + length) true for real tokens, or None when none is padding.
+        length: new tokens, the queries.
+        past: tokens already in the cache, which every query may see. SDPA's own `is_causal` is aligned to
+            the top left, so it would hide them.
+        causal: whether a query sees only what stands before it.
+        device: where the mask is built.
+
+    Returns:
+        (B or 1, 1, length, past + length), or None when everything is seen.
+    """
+    mask = None if key_mask is None else key_mask[:, None, None, :].bool()  # (B, 1, 1, S)
+    if causal and length > 1:
+        order = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)  # (L, S)
+        mask = order[None, None] if mask is None else mask & order
+    return mask
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries from one place, keys and values from the same (self) or another (cross)."""
+
+    def __init__(self, width: int, heads: int, *, source_width: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(source_width or width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def keys_values(self, states: Tensor) -> KeyValues:
+        """Project what is looked at, (B, S, D), once; every query that meets it can share the result."""
+        pair = self.kv(states).unflatten(-1, (2, self.heads, -1))  # (B, S, 2, H, D / H)
+        keys, values = pair.permute(2, 0, 3, 1, 4)  # each (B, H, S, D / H)
+        return KeyValues(keys, values)
+
+    def forward(self, x: Tensor, source: KeyValues, mask: Tensor | None = None) -> Tensor:
+        """Look from `x` (B, L, D) at `source`; `mask` is boolean, broadcast to (B, H, L, S)."""
+        query = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D / H)
+        drop = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, *source, attn_mask=mask, dropout_p=drop)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with an activation between."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+        self.act = activation(config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, D) to (B, L, D)."""
+        return self.down(self.act(self.up(x)))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention where the layer has one, feed-forward; pre- or post-norm."""
+
+    def __init__(self, config: TransformerConfig, index: int) -> None:
+        super().__init__()
+        width, drop = config.width, config.dropout
+        self.index, self.pre = index, config.norm == "pre"
+        self.self_attn = nn.ModuleDict({r: Attention(width, config.heads, dropout=drop) for r in config.self_routes})
+        self.self_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.cross_attn: Attention | None = None
+        if index in config.cross_layers:
+            self.cross_attn = Attention(width, config.heads, source_width=config.cross_width, dropout=drop)
+            self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.mlp = nn.ModuleDict({r: FeedForward(config) for r in config.mlp_routes})
+        self.mlp_norm = nn.ModuleDict({r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes})
+        self.drop = nn.Dropout(drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        image: KeyValues | None = None,
+        image_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        route: str = "text",
+        queries: int = 0,
+    ) -> Tensor:
+        """One layer over (B, L, D); the arguments are those of `Transformer.forward`."""
+        x = self._add(x, self.self_norm, lambda y: self._look_at_self(y, mask, cache, route))
+        if self.cross_attn is not None and image is not None:
+            seen, rest = (x[:, :queries], x[:, queries:]) if queries else (x, x[:, :0])
+            seen = self._add(seen, self.cross_norm, lambda y: self._look_at_image(y, image, image_mask))
+            x = torch.cat([seen, rest], dim=1) if queries else seen
+        if queries and "query" in self.mlp:
+            return torch.cat([self._feed(x[:, :queries], "query"), self._feed(x[:, queries:], "text")], dim=1)
+        return self._feed(x, "text")
+
+    def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre:
+            return x + self.drop(part(norm(x)))
+        return norm(x + self.drop(part(x)))
+
+    def _feed(self, x: Tensor, route: str) -> Tensor:
+        return self._add(x, self.mlp_norm[route], self.mlp[route])
+
+    def _look_at_self(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, route: str) -> Tensor:
+        attention = self.self_attn[route]
+        states = attention.keys_values(x)
+        return attention(x, states if cache is None else cache.append(self.index, states), mask)
+
+    def _look_at_image(self, x: Tensor, image: KeyValues, mask: Tensor | None) -> Tensor:
+        # Several texts (beams, candidates) of one image stand in a row: they become more queries of the same
+        # keys and values, so that these are never copied.
+        images, (batch, length, _) = len(image.keys), x.shape
+        rows = x.reshape(images, batch // images * length, -1)  # (images, texts * L, D)
+        return self.cross_attn(rows, image, mask).reshape(batch, length, -1)  # type: ignore[misc]
+
+
+class Transformer(nn.Module):
+    """Token embedding and a stack of layers; see `TransformerConfig` for what it can be set to be."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.context_length, config.width)
+        self.types = nn.Embedding(config.token_types, config.width) if config.token_types else None
+        self.embed_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm == "post" else None
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm == "pre" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.checkpointing = False
+        self.apply(_initialise)
+
+    def embed(self, input_ids: Tensor, *, past: int = 0) -> Tensor:
+        """Embed (B, L) token ids, the first of which stands at position `past`, as (B, L, D)."""
+        place = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        x = self.tokens(input_ids) + self.positions(place)  # (B, L, D)
+        if self.types is not None:
+            x = x + self.types.weight[0]
+        return self.drop(x if self.embed_norm is None else self.embed_norm(x))
+
+    def image_states(self, states: Tensor) -> list[KeyValues | None]:
+        """Project image states (B, N, cross width) to keys and values, for each layer that looks at them."""
+        crosses = (layer.cross_attn for layer in self.layers)
+        return [None if cross is None else cross.keys_values(states) for cross in crosses]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool | None = None,
+        image: Sequence[KeyValues | None] | None = None,
+        image_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        route: str = "text",
+        queries: int = 0,
+        layers: slice = slice(None),
+    ) -> Tensor:
+        """Run the layers over embedded tokens.
+
+        Args:
+            x: (B, L, D) from `embed`, or query rows followed by embedded tokens.
+            key_mask: (B, past + L) true for real tokens; None when there is no padding.
+            mask: boolean, broadcast to (B, H, L, S), instead of the one built from `key_mask` and `causal`.
+            causal: overrides the config's.
+            image: from `image_states`; None leaves cross-attention out. Its batch may divide B: then each
+                image serves B / its batch texts that stand in a row.
+            image_mask: boolean, broadcast to (images, H, L, N).
+            cache: keys and values of earlier tokens, extended in place.
+            route: the self-attention to take.
+            queries: leading rows that are queries: only they look at the image, through their own
+                feed-forward where there is one.
+            layers: the layers to run, such as ``slice(6)`` for ALBEF's text half.
+
+        Returns:
+            (B, L, D) states, after the final norm if the last layer was run and there is one.
+        """
+        past = cache.length if cache is not None else 0
+        if mask is None:
+            causal = self.config.causal if causal is None else causal
+            mask = attention_mask(key_mask, length=x.shape[1], past=past, causal=causal, device=x.device)
+        chosen = list(self.layers)[layers]
+        for layer in chosen:
+            seen = image[layer.index] if image is not None else None
+            options = {"mask": mask, "image": seen, "image_mask": image_mask, "cache": cache}
+            options |= {"route": route, "queries": queries}
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False, **options)
+            else:
+                x = layer(x, **options)
+        if self.final_norm is not None and chosen and chosen[-1] is self.layers[-1]:
+            x = self.final_norm(x)
+        return x
+
+
+def _initialise(module: nn.Module) -> None:
+    # BERT's and GPT's start; CLIP's own scaled one differs little at these depths.
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

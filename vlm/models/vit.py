@@ -1,0 +1,71 @@
+"""The one image encoder: timm's vision transformer (arXiv 2010.11929) behind a small config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from timm.layers import QuickGELU
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes and settings of a vision transformer."""
+
+    image_size: int = 224
+    """Pixels on a side that the position embeddings are stored for; other sizes interpolate them."""
+    patch_size: int = 16
+    """Pixels on a side of a patch; it must divide every image's sides."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    pre_norm: bool = False
+    """A norm before the first layer and no bias in the patch projection, as in CLIP."""
+    norm_eps: float = 1e-6
+    patch_dropout: float = 0.0
+    """Share of the patches left out of each training image (FLIP, arXiv 2212.00794)."""
+    drop_path: float = 0.0
+    """Chance that a layer's branch is skipped in training, growing linearly with depth (stochastic depth)."""
+
+
+class ViT(nn.Module):
+    """Images to token states: [CLS] first, then the patches row by row."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        acts = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "gelu_tanh": partial(nn.GELU, approximate="tanh")}
+        self.trunk = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_width / config.width,
+            act_layer=acts[config.activation],
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+            pre_norm=config.pre_norm,
+            patch_drop_rate=config.patch_dropout,
+            drop_path_rate=config.drop_path,
+            dynamic_img_size=True,
+            global_pool="",
+            num_classes=0,
+        )
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether each layer is recomputed in the backward pass, which trades time for memory."""
+        return bool(self.trunk.grad_checkpointing)
+
+    @checkpointing.setter
+    def checkpointing(self, enabled: bool) -> None:
+        self.trunk.set_grad_checkpointing(enabled)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) normalised pixels as (B, N, D) states after the final norm."""
+        return self.trunk.forward_features(pixels)

@@ -1,0 +1,1 @@
+"""Weights: key maps, conversion both ways, safe reading, load and save."""
