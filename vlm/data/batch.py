@@ -1,0 +1,126 @@
+"""What travels from the data to the engine: padded tokens, and a batch of pictures with their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens(Mapping[str, Tensor]):
+    """Texts as padded ids; a mapping with the keys ``input_ids`` and ``attention_mask``.
+
+    input_ids: (B, L) int64, padded on the right. attention_mask: (B, L) bool, True on real tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key == "input_ids":
+            return self.input_ids
+        if key == "attention_mask":
+            return self.attention_mask
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids", "attention_mask"))
+
+    def __len__(self) -> int:
+        """Two: the number of keys, as for any mapping; the number of texts is `rows`."""
+        return 2
+
+    @property
+    def rows(self) -> int:
+        """Number of texts B."""
+        return self.input_ids.shape[0]
+
+    def select(self, rows: slice | Tensor) -> Tokens:
+        """The chosen rows, with the padding that none of them needs cut off."""
+        return Tokens(self.input_ids[rows], self.attention_mask[rows]).trim()
+
+    def trim(self) -> Tokens:
+        """Cut the columns that are padding in every row."""
+        if self.rows == 0:
+            return self
+        longest = int(self.attention_mask.sum(dim=1).max())
+        if longest == self.input_ids.shape[1]:
+            return self
+        return Tokens(self.input_ids[:, :longest], self.attention_mask[:, :longest])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
+        """Copy to a device."""
+        return Tokens(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.attention_mask.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Tokens:
+        """Copy to page-locked memory (called by torch's DataLoader)."""
+        return Tokens(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Pictures with one text each: the rows that one rank takes in one step."""
+
+    pixels: Tensor
+    """(B, 3, H, W) float32, normalised by the model's own preprocessing."""
+
+    tokens: Tokens
+    """The texts, padded to the longest of the batch."""
+
+    ids: Tensor
+    """(B, 2) int64: hash of the concept, hash of the caption; rows that share one are positives."""
+
+    keys: tuple[str, ...]
+    """Key of each row in its source, for messages."""
+
+    consumed: int = 0
+    """Samples of the epoch used up by all ranks once this batch is done (unreadable ones included):
+    what `skip_samples` takes to go on after it."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Copy the tensors to a device."""
+        return replace(
+            self,
+            pixels=self.pixels.to(device, non_blocking=non_blocking),
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            ids=self.ids.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Copy to page-locked memory (called by torch's DataLoader)."""
+        return replace(
+            self, pixels=self.pixels.pin_memory(), tokens=self.tokens.pin_memory(), ids=self.ids.pin_memory()
+        )
+
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into `parts` consecutive batches of nearly equal size (fewer when there are fewer rows).
+
+        Each part's text is trimmed to its own longest. Raises ValueError when `parts` is below 1.
+        """
+        if parts < 1:
+            raise ValueError(f"parts must be at least 1, got {parts}")
+        rows, out, start = len(self), [], 0
+        parts = min(parts, rows) or 1
+        for part in range(parts):
+            stop = start + rows // parts + (part < rows % parts)
+            cut = slice(start, stop)
+            out.append(
+                replace(
+                    self,
+                    pixels=self.pixels[cut],
+                    tokens=self.tokens.select(cut),
+                    ids=self.ids[cut],
+                    keys=self.keys[cut],
+                )
+            )
+            start = stop
+        return out
