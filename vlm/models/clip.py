@@ -27,7 +27,7 @@ class ClipConfig:
     image_pool: Literal["cls", "mean"] = "cls"
     """The image's feature: its [CLS] state, or the mean of its patches."""
     text_pool: Literal["cls", "eot", "mean"] = "cls"
-    """The text's feature: its first token's state, its last real token's (CLIP's end-of-text), or their mean."""
+    """The text's feature: its first state, its last real one (CLIP's end-of-text), or the mean of the real ones."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """CLIP's softmax contrast or SigLIP's pairwise sigmoid one."""
     logit_scale_init: float = 1 / 0.07
@@ -123,7 +123,11 @@ class Clip(nn.Module):
             `loss`, the total, its named parts, and `scale`, the inverse temperature.
         """
         scale = features["log_scale"].exp()
-        rows, ids_of, chunk = (features["image"], features["text"]), {"row_ids": row_ids, "ids": ids}, self.config.chunk
+        rows, ids_of, chunk = (
+            (features["image"], features["text"]),
+            {"row_ids": row_ids, "ids": ids},
+            self.config.chunk,
+        )
         if self.config.loss == "sigmoid":
             bias = features.get("logit_bias", torch.zeros_like(scale))
             loss = sigmoid_itc(*rows, everyone["text"], scale=scale, bias=bias, chunk=chunk, **ids_of)

@@ -1,8 +1,9 @@
-"""The one text transformer: CLIP's text tower, ALBEF's text and fusion layers, MED and Q-Former are settings of it.
+"""The one text transformer; CLIP's text tower, ALBEF's text and fusion, MED and Q-Former are settings of it.
 
-A layer is self-attention, optional cross-attention to image states, and a feed-forward. Two things may come in
-several routes inside a layer, each tensor stored once: self-attention (BLIP's encoder and decoder share all but
-it, arXiv 2201.12086 §3.1) and the feed-forward (the Q-Former's queries have their own, arXiv 2301.12597 §3.1).
+A layer is self-attention, optional cross-attention to image states, and a feed-forward. Two things may come
+in several routes inside a layer, each tensor stored once: self-attention (BLIP's encoder and decoder share
+all but it, arXiv 2201.12086 §3.1) and the feed-forward (the Q-Former's queries have their own,
+arXiv 2301.12597 §3.1).
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return lambda x: F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def attention_mask(key_mask: Tensor | None, *, length: int, past: int, causal: bool, device: torch.device) -> Tensor | None:
+def attention_mask(
+    key_mask: Tensor | None, *, length: int, past: int, causal: bool, device: torch.device
+) -> Tensor | None:
     """The boolean mask of a self-attention, true where a query may look.
 
     Args:
@@ -111,7 +114,7 @@ def attention_mask(key_mask: Tensor | None, *, length: int, past: int, causal: b
 
 
 class Attention(nn.Module):
-    """Multi-head attention; queries from one place, keys and values from the same (self) or another (cross)."""
+    """Multi-head attention; keys and values come from the queries' own place (self) or another (cross)."""
 
     def __init__(self, width: int, heads: int, *, source_width: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -155,14 +158,18 @@ class Layer(nn.Module):
         super().__init__()
         width, drop = config.width, config.dropout
         self.index, self.pre = index, config.norm == "pre"
-        self.self_attn = nn.ModuleDict({r: Attention(width, config.heads, dropout=drop) for r in config.self_routes})
+        self.self_attn = nn.ModuleDict(
+            {r: Attention(width, config.heads, dropout=drop) for r in config.self_routes}
+        )
         self.self_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.cross_attn: Attention | None = None
         if index in config.cross_layers:
             self.cross_attn = Attention(width, config.heads, source_width=config.cross_width, dropout=drop)
             self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = nn.ModuleDict({r: FeedForward(config) for r in config.mlp_routes})
-        self.mlp_norm = nn.ModuleDict({r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes})
+        self.mlp_norm = nn.ModuleDict(
+            {r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes}
+        )
         self.drop = nn.Dropout(drop)
 
     def forward(
