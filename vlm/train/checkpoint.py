@@ -1,0 +1,195 @@
+"""Checkpoints that appear whole or not at all, and from which any number of ranks goes on.
+
+``checkpoints/step-00000500/`` holds ``state/`` (weights, optimiser and average, by torch's distributed
+checkpoint), ``model/`` (what `vlm.load` reads) and ``trainer.json`` (where the run stood).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from vlm.errors import TrainingError
+from vlm.train.distributed import Ranks, gather_objects, unwrapped, wait
+from vlm.train.ema import WeightAverage
+
+PREFIX = "step-"
+Export = Callable[[dict[str, Tensor], Path], None]
+
+
+@dataclass
+class Position:
+    """Where a run stands: all that a resume needs besides tensors."""
+
+    step: int = 0
+    """Optimiser steps taken."""
+    epoch: int = 0
+    consumed: int = 0
+    """Samples of the epoch that all ranks together have used."""
+    loss_scale: float = 1.0
+    good: int = 0
+    """Steps since the loss scale last changed."""
+    average_steps: int = 0
+    best: float | None = None
+    best_step: int = -1
+    finished: bool = False
+
+
+class Checkpoints:
+    """The checkpoints of a run folder."""
+
+    def __init__(self, run: Path, here: Ranks, *, keep: int, export: Export) -> None:
+        """export: writes a network's full state dict as a model folder (called on the first rank alone)."""
+        self.folder = run / "checkpoints"
+        self.here = here
+        self.keep = max(1, keep)
+        self.export = export
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        found = [path for path in self.folder.glob(f"{PREFIX}*") if (path / "trainer.json").is_file()]
+        return sorted(int(path.name.removeprefix(PREFIX)) for path in found)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` steps."""
+        return self.folder / f"{PREFIX}{step:08d}"
+
+    def save(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        position: Position,
+        average: WeightAverage | None,
+    ) -> None:
+        """Write one checkpoint, then drop those that aren't kept. Every rank calls it.
+
+        Raises TrainingError when it can't be written (a full disk); what was written before is intact.
+        """
+        final, temporary = self.path(position.step), self.folder / f".tmp-{PREFIX}{position.step:08d}"
+        problem = ""
+        try:
+            if self.here.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / "state").mkdir(parents=True)
+        except OSError as error:
+            problem = str(error)
+        self._agree(problem, temporary)
+        try:
+            state = _state(network, optimizer, average)
+            dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.here.count == 1)
+        except Exception as error:  # the planner wraps whatever any rank met
+            problem = str(error) or type(error).__name__
+        self._agree(problem, temporary)
+        tensors = full_state(network, average)
+        try:
+            if self.here.first:
+                self.export(tensors, temporary / "model")
+                (temporary / "trainer.json").write_text(json.dumps(asdict(position), indent=1), "utf-8")
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                self._drop_old(position)
+        except Exception as error:  # a full disk shows as OSError here and as SafetensorError there
+            problem = str(error) or type(error).__name__
+        self._agree(problem, temporary)
+
+    def load(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+    ) -> Position:
+        """Put the newest checkpoint into the network, the optimiser and the average; every rank calls it.
+
+        Raises TrainingError when there is none, or it doesn't fit.
+        """
+        steps = self.steps()
+        if not steps:
+            raise TrainingError(f"{self.folder}: no checkpoint to resume from; start without --resume")
+        folder = self.path(steps[-1])
+        try:
+            position = Position(**json.loads((folder / "trainer.json").read_text("utf-8")))
+            state = _state(network, optimizer, average)
+            dcp.load(state, checkpoint_id=folder / "state", no_dist=self.here.count == 1)
+        except Exception as error:
+            raise TrainingError(
+                f"{folder}: the checkpoint can't be read into this configuration ({error}). Resume with the "
+                "configuration it was written with, or delete this folder to go on from the one before."
+            ) from error
+        set_state_dict(
+            network, optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"]
+        )
+        if average is not None:
+            average.steps = position.average_steps
+        return position
+
+    def publish(self, target: Path) -> None:
+        """Put the model of the best checkpoint (the newest where none is marked) at `target`."""
+        problem = ""
+        try:
+            if self.here.first:
+                newest = self.path(self.steps()[-1])
+                best = json.loads((newest / "trainer.json").read_text("utf-8"))["best_step"]
+                chosen = self.path(best) if best >= 0 else newest
+                temporary = target.with_name(f".tmp-{target.name}")
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copytree(chosen / "model", temporary)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(temporary, target)
+        except OSError as error:
+            problem = str(error)
+        self._agree(problem, target.with_name(f".tmp-{target.name}"))
+
+    def _drop_old(self, position: Position) -> None:
+        kept = {*self.steps()[-self.keep :], position.best_step}
+        for step in self.steps():
+            if step not in kept:
+                shutil.rmtree(self.path(step))
+
+    def _agree(self, problem: str, temporary: Path) -> None:
+        """Stop all ranks when one of them met a problem."""
+        problems = [text for text in gather_objects(problem, self.here) if text]
+        wait(self.here)
+        if not problems:
+            return
+        if self.here.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        steps = self.steps()
+        left = (
+            f"the last good checkpoint is {self.path(steps[-1])}"
+            if steps
+            else "no checkpoint was written yet"
+        )
+        raise TrainingError(
+            f"{temporary.parent}: the checkpoint can't be written ({problems[0]}); {left}. "
+            "Free space or choose another --out, then go on with --resume."
+        )
+
+
+def full_state(network: nn.Module, average: WeightAverage | None) -> dict[str, Tensor]:
+    """All tensors of the network (of the average, if there is one) on the CPU of the first rank."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    applied = contextlib.nullcontext() if average is None else average.applied()
+    with applied:
+        state = get_model_state_dict(unwrapped(network), options=options)
+        return {name: tensor.clone() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> dict[str, Any]:
+    tensors, moments = get_state_dict(network, optimizer)
+    state: dict[str, Any] = {"network": tensors, "optimizer": moments}
+    return state if average is None else state | {"average": average.average}

@@ -1,0 +1,196 @@
+"""Typed settings of a training run: the engine's own, and how YAML and command-line overrides become them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import yaml
+
+from vlm.errors import ConfigError, nearest
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and which parameters it moves; the defaults are CLIP's (2103.00020, table 19)."""
+
+    lr: float = 5e-4
+    """Highest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    """Decay of matrices; gains, biases and the temperature never decay."""
+    warmup: int = 500
+    """Steps in which the learning rate grows linearly from 0."""
+    final_lr: float = 0.0
+    """Learning rate at the last step as a share of `lr`; a cosine leads there."""
+    clip_norm: float = 1.0
+    """Longest gradient; 0 never shortens it."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factor on the learning rate of parameters whose name starts so; the longest match counts."""
+    freeze: tuple[str, ...] = ()
+    """Parameters whose name starts so stay as they are: no gradient, no optimiser state."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the engine does, whatever it trains."""
+
+    epochs: float = 10.0
+    """Passes over the data."""
+    steps: int = 0
+    """Optimiser steps; 0 for what `epochs` gives."""
+    seed: int = 0
+    """Fixes data order, augmentation, captions and every draw inside the network."""
+    accumulate: int = 1
+    """Micro-batches that each rank's part of a batch is cut into; the gradient stays the whole batch's."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on GPUs that have it, fp16 with loss scaling on others, fp32 on CPUs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several ranks: copies of the network (DDP), or parameters and optimiser sharded (FSDP2)."""
+    compile: bool = False
+    """Compile the network's parts with torch.compile."""
+    ema: float = 0.0
+    """Decay per step of an average of the weights, which is then evaluated and exported; 0 for none."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    save_every: int = 500
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest; the best one stays besides."""
+    best: str = ""
+    """Evaluation metric whose highest value marks the best checkpoint; empty keeps only the newest."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def load_config(
+    kind: type[Config], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Config:
+    """Read a dataclass `kind` from YAML, refusing unknown keys with the nearest name.
+
+    source: a YAML file, or an already parsed mapping. overrides: ``section.key=value``, values as in YAML.
+    Raises ConfigError that names the key, what was expected and where it stood.
+    """
+    if isinstance(source, Mapping):
+        where, values = "the configuration", dict(source)
+    else:
+        where, values = str(source), read_yaml(Path(source))
+    values = _copied(values)
+    for override in overrides:
+        _override(kind, values, override)
+    _refuse_unknown(kind, values, where, "")
+    return build(kind, values, where)
+
+
+def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Check types and build the dataclass; raises ConfigError with every wrong value."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {item['msg'].lower()}"
+            for item in error.errors()
+        ]
+        raise ConfigError(f"{where}: wrong value\n" + "\n".join(lines)) from error
+
+
+def named_config(stage: str, name: str) -> Path:
+    """The packaged YAML of a stage and size (``clip``, ``tiny``), or `name` itself when it is a YAML file.
+
+    Raises ConfigError listing the sizes there are.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"{name}: no such configuration file")
+        return path
+    folder = Path(str(resources.files("vlm").joinpath("configs")))
+    path = folder / f"{stage}-{name}.yaml"
+    if not path.is_file():
+        sizes = sorted(found.stem.removeprefix(f"{stage}-") for found in folder.glob(f"{stage}-*.yaml"))
+        raise ConfigError(
+            f"no {stage} configuration named {name!r}{nearest(name, sizes)}: "
+            f"expected one of {', '.join(sizes)}, or a .yaml file"
+        )
+    return path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping. Raises ConfigError when it can't be read or isn't a mapping."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections with keys, got {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _override(kind: type, values: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    if not sign:
+        raise ConfigError(f"override {override!r}: expected section.key=value, for instance train.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
+    node, names, here = values, path.split("."), kind
+    for depth, name in enumerate(names[:-1]):
+        hints = get_type_hints(here)
+        if name not in hints:
+            raise _unknown(here, name, f"override {override!r}")
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value here, not a section")
+        node, here = child, hints[name]
+        if not dataclasses.is_dataclass(here):
+            # A mapping's keys, such as parameter names, may hold dots themselves.
+            node[".".join(names[depth + 1 :])] = value
+            return
+    if names[-1] not in get_type_hints(here):
+        raise _unknown(here, names[-1], f"override {override!r}")
+    node[names[-1]] = value
+
+
+def _refuse_unknown(kind: Any, values: Any, where: str, prefix: str) -> None:
+    if not dataclasses.is_dataclass(kind) or not isinstance(values, Mapping):
+        return
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise _unknown(kind, str(name), where, prefix)
+        _refuse_unknown(hints[name], value, where, f"{prefix}{name}.")
+
+
+def _unknown(kind: Any, name: str, where: str, prefix: str = "") -> ConfigError:
+    options = [item.name for item in dataclasses.fields(kind)]
+    return ConfigError(
+        f"{where}: unknown key {prefix}{name}{nearest(name, options)}; known here: {', '.join(options)}"
+    )
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

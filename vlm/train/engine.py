@@ -1,0 +1,241 @@
+"""The training loop of every stage: read, forward, backward, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.errors import TrainingError
+from vlm.train.checkpoint import Checkpoints, Export, Position
+from vlm.train.config import TrainConfig
+from vlm.train.distributed import Ranks, gather_objects, spread, unwrapped
+from vlm.train.ema import WeightAverage
+from vlm.train.metrics import Log, Meter
+from vlm.train.optim import (
+    LossScale,
+    freeze,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    shorten_,
+)
+from vlm.train.step import StepContext, backward
+
+logger = logging.getLogger("vlm.train")
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: a stage's network with its data, and how it is judged and written."""
+
+    network: nn.Module
+    """One module whose forward gives a batch's features."""
+    contrast: Callable[..., dict[str, Tensor]]
+    """The stage's losses of the features; see `StepContext`."""
+    clamp_: Callable[[], None]
+    """Puts parameters with bounds, such as the temperature, back within them; called after each step."""
+    batches: Callable[[int, int], Iterable[Any]]
+    """(epoch, samples to skip) to this rank's batches; each tells `consumed`, the samples used so far."""
+    steps_per_epoch: int
+    export: Export
+    """(full state dict, folder): writes a model folder."""
+    evaluate: Evaluate | None = None
+    """Figures of a network in eval mode; every rank calls it."""
+    fingerprint: str = ""
+    """Hash of the data; a resume with other data is refused."""
+
+
+class Trainer:
+    """One run: build, then `fit`."""
+
+    def __init__(
+        self, job: Job, config: TrainConfig, run: Path, here: Ranks, *, progress: bool = True
+    ) -> None:
+        self.job, self.config, self.run, self.here = job, config, run, here
+        self.progress = progress
+        self.frozen = freeze(job.network, config.optim.freeze)
+        self.steps = config.steps or math.ceil(config.epochs * job.steps_per_epoch)
+        job.network.to(here.device)
+        if config.compile:
+            for part in job.network.children():
+                part.compile()
+        self.network = spread(job.network, config.parallel, here)
+        self.optimizer = make_optimizer(unwrapped(self.network), config.optim)
+        self.average = WeightAverage(unwrapped(self.network), config.ema) if config.ema else None
+        self.precision = pick_precision(config.precision, here.device)
+        scaled = self.precision is torch.float16
+        self.scale = LossScale(2.0**16 if scaled else 1.0, dynamic=scaled)
+        self.position = Position()
+        self.checkpoints = Checkpoints(run, here, keep=config.keep, export=job.export)
+        self.context = StepContext(
+            here, job.contrast, self._autocast, seed=config.seed, accumulate=config.accumulate
+        )
+
+    def fit(self, *, resume: bool = False) -> Position:
+        """Train to the end and return where the run stands.
+
+        Raises TrainingError on a loss or gradient that isn't finite (with the batch's keys), on a checkpoint
+        that can't be written, and when a resume doesn't fit; checkpoints written before stay intact.
+        """
+        if resume:
+            self._resume()
+        log = Log(
+            self.run,
+            active=self.here.first,
+            step=self.position.step,
+            steps=self.steps,
+            progress=self.progress,
+        )
+        try:
+            self.network.train()
+            meter = Meter()
+            while self.position.step < self.steps:
+                for batch in self.job.batches(self.position.epoch, self.position.consumed):
+                    values = self._step(batch)
+                    self.position.consumed = batch.consumed
+                    meter.add(values, len(batch) * self.here.count)
+                    log.advance(values["loss"], meter.rate)
+                    step = self.position.step
+                    if step % self.config.log_every == 0 or step == self.steps:
+                        log.write("train", step, meter.means())
+                        meter = Meter()
+                    if self._due(self.config.evaluate_every) and self.job.evaluate is not None:
+                        figures = self._evaluate()
+                        log.write("evaluate", step, figures)
+                        self._keep_best(figures)
+                        meter = Meter()
+                    if self._due(self.config.save_every):
+                        self._save()
+                        meter = Meter()
+                    if step == self.steps:
+                        break
+                else:
+                    if self.position.consumed == 0:
+                        raise TrainingError("the data gave no batch in a whole epoch: it is empty")
+                    self.position.epoch, self.position.consumed = self.position.epoch + 1, 0
+        finally:
+            log.close()
+        return self.position
+
+    def _step(self, batch: Any) -> dict[str, float]:
+        """Forward, backward and one move of the weights."""
+        step, optim = self.position.step, self.config.optim
+        batch = batch.to(self.here.device, non_blocking=True)
+        rate = learning_rate(step, self.steps, optim)
+        set_learning_rate(self.optimizer, rate)
+        values = backward(self.network, batch, self.context, step=step, loss_scale=self.scale.value)
+        if not math.isfinite(values["loss"]):
+            self._stop(f"the loss is {values['loss']}", batch)
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        self.scale.unscale_(trained)
+        norm = gradient_norm(trained)
+        finite = bool(torch.isfinite(norm))
+        if not finite and not self.scale.dynamic:
+            self._stop(f"the gradient's length is {float(norm)}", batch)
+        if finite:
+            shorten_(trained, norm, optim.clip_norm)
+            self.optimizer.step()
+            self.job.clamp_()
+            if self.average is not None:
+                self.average.update()
+        self.scale.update(finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position.step += 1
+        extra = {"gradient_norm": float(norm)} if finite else {}
+        if self.scale.dynamic:
+            extra["loss_scale"] = self.scale.value
+        return values | extra | {"lr": rate}
+
+    def _stop(self, what: str, batch: Any) -> None:
+        keys = [key for part in gather_objects(batch.keys, self.here) for key in part]
+        shown = ", ".join(keys[:64]) + (f", ... ({len(keys)} in all)" if len(keys) > 64 else "")
+        steps = self.checkpoints.steps()
+        left = (
+            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}"
+            if steps
+            else "no checkpoint yet"
+        )
+        raise TrainingError(
+            f"step {self.position.step + 1}: {what}; {left}. Look at these samples, or lower train.optim.lr. "
+            f"Keys of the batch: {shown}"
+        )
+
+    def _due(self, every: int) -> bool:
+        step = self.position.step
+        return step == self.steps or (every > 0 and step % every == 0)
+
+    def _evaluate(self) -> dict[str, float]:
+        self.network.eval()
+        swap = contextlib.nullcontext() if self.average is None else self.average.applied()
+        with swap, torch.no_grad(), self._autocast():
+            figures = self.job.evaluate(unwrapped(self.network)) if self.job.evaluate else {}
+        self.network.train()
+        return figures
+
+    def _keep_best(self, figures: dict[str, float]) -> None:
+        name = self.config.best
+        if not name:
+            return
+        if name not in figures:
+            raise TrainingError(
+                f"train.best={name!r}: the evaluation gives {', '.join(figures) or 'nothing'}"
+            )
+        if self.position.best is None or figures[name] > self.position.best:
+            self.position.best, self.position.best_step = figures[name], self.position.step
+            self._save()
+
+    def _save(self) -> None:
+        if self.position.step in self.checkpoints.steps() and self.position.step != self.steps:
+            return
+        self.position.loss_scale, self.position.good = self.scale.value, self.scale.good
+        self.position.average_steps = self.average.steps if self.average else 0
+        self.position.finished = self.position.step == self.steps
+        self.checkpoints.save(self.network, self.optimizer, self.position, self.average)
+
+    def _resume(self) -> None:
+        self._check_data()
+        self.position = self.checkpoints.load(self.network, self.optimizer, self.average)
+        self.scale.value, self.scale.good = self.position.loss_scale, self.position.good
+        if self.here.first:
+            logger.info("going on after step %d of %d", self.position.step, self.steps)
+
+    def _check_data(self) -> None:
+        path = self.run / "manifest.json"
+        try:
+            before = json.loads(path.read_text("utf-8"))["data"]
+        except (OSError, ValueError, KeyError) as error:
+            raise TrainingError(
+                f"{path}: can't be read ({error}); this is no run folder to resume"
+            ) from error
+        if before != self.job.fingerprint:
+            raise TrainingError(
+                f"{self.run}: the data has changed since this run began, so its place in the epoch means "
+                "nothing now. Restore the data, or start a new run from this one's model."
+            )
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.precision is not torch.float32
+        return torch.autocast(
+            self.here.device.type, dtype=self.precision if enabled else None, enabled=enabled
+        )
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the forward pass's products: what was asked for, or what the device does well."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

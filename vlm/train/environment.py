@@ -1,0 +1,64 @@
+"""What a run needs to be repeated, written beside it: data, versions, machine, command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.errors import TrainingError
+
+PACKAGES = ("vlm", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "webdataset", "pillow")
+
+
+def describe(fingerprint: str, samples: int) -> dict[str, Any]:
+    """Data, package versions, machine and command of this run as JSON values."""
+    cuda = torch.cuda.is_available()
+    return {
+        "data": fingerprint,
+        "samples": samples,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+            "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+        "command": ["vlm", *sys.argv[1:]],
+    }
+
+
+def start_run(run: Path, config_text: str, description: dict[str, Any]) -> None:
+    """Make the run folder with ``config.yaml`` and ``manifest.json``.
+
+    Raises TrainingError when the folder already holds a run, or can't be written.
+    """
+    if (run / "config.yaml").exists():
+        raise TrainingError(f"{run}: holds a run already; go on with --resume, or choose another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        # The configuration comes last: its presence says that the folder is whole.
+        for name, text in (
+            ("manifest.json", json.dumps(description, indent=1)),
+            ("config.yaml", config_text),
+        ):
+            temporary = run / f".tmp-{name}"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, run / name)
+    except OSError as error:
+        raise TrainingError(f"{run}: the run folder can't be written ({error.strerror or error})") from error
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
