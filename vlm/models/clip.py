@@ -27,7 +27,7 @@ class ClipConfig:
     image_pool: Literal["cls", "mean"] = "cls"
     """The image's feature: its [CLS] state, or the mean of its patches."""
     text_pool: Literal["cls", "eot", "mean"] = "cls"
-    """The text's feature: its first state, its last real one (CLIP's end-of-text), or the mean of the real ones."""
+    """The text's feature: its first state, its last real one (CLIP's end-of-text), or the mean of those."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """CLIP's softmax contrast or SigLIP's pairwise sigmoid one."""
     logit_scale_init: float = 1 / 0.07

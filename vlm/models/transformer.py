@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from vlm.errors import ConfigError, nearest
+
+_ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ class Layer(nn.Module):
         return self._add(x, self.mlp_norm[route], self.mlp[route])
 
     def _look_at_self(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, route: str) -> Tensor:
-        attention = self.self_attn[route]
+        attention = cast(Attention, self.self_attn[route])
         states = attention.keys_values(x)
         return attention(x, states if cache is None else cache.append(self.index, states), mask)
 
@@ -210,6 +215,8 @@ class Layer(nn.Module):
         # Several texts (beams, candidates) of one image stand in a row: they become more queries of the same
         # keys and values, so that these are never copied.
         images, (batch, length, _) = len(image.keys), x.shape
+        if batch % images:
+            raise ValueError(f"{batch} texts can't share {images} images evenly; repeat texts or images")
         rows = x.reshape(images, batch // images * length, -1)  # (images, texts * L, D)
         return self.cross_attn(rows, image, mask).reshape(batch, length, -1)  # type: ignore[misc]
 
@@ -219,6 +226,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        _check(config)
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.context_length, config.width)
@@ -231,8 +239,17 @@ class Transformer(nn.Module):
         self.apply(_initialise)
 
     def embed(self, input_ids: Tensor, *, past: int = 0) -> Tensor:
-        """Embed (B, L) token ids, the first of which stands at position `past`, as (B, L, D)."""
-        place = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        """Embed (B, L) token ids, the first of which stands at position `past`, as (B, L, D).
+
+        Raises ValueError when the text is longer than `context_length`.
+        """
+        end = past + input_ids.shape[1]
+        if end > self.config.context_length:
+            limit = self.config.context_length
+            raise ValueError(
+                f"text of {end} tokens, but context_length is {limit}; truncate it when tokenizing"
+            )
+        place = torch.arange(past, end, device=input_ids.device)
         x = self.tokens(input_ids) + self.positions(place)  # (B, L, D)
         if self.types is not None:
             x = x + self.types.weight[0]
@@ -240,7 +257,7 @@ class Transformer(nn.Module):
 
     def image_states(self, states: Tensor) -> list[KeyValues | None]:
         """Project image states (B, N, cross width) to keys and values, for each layer that looks at them."""
-        crosses = (layer.cross_attn for layer in self.layers)
+        crosses = (cast(Layer, layer).cross_attn for layer in self.layers)
         return [None if cross is None else cross.keys_values(states) for cross in crosses]
 
     def forward(
@@ -275,23 +292,52 @@ class Transformer(nn.Module):
 
         Returns:
             (B, L, D) states, after the final norm if the last layer was run and there is one.
+
+        Raises:
+            ValueError: the config has no self-attention called `route`.
         """
+        if route not in self.config.self_routes:
+            known = ", ".join(self.config.self_routes)
+            raise ValueError(
+                f"unknown route {route!r}{nearest(route, self.config.self_routes)}; it has {known}"
+            )
         past = cache.length if cache is not None else 0
         if mask is None:
             causal = self.config.causal if causal is None else causal
             mask = attention_mask(key_mask, length=x.shape[1], past=past, causal=causal, device=x.device)
-        chosen = list(self.layers)[layers]
+        chosen = cast("list[Layer]", list(self.layers)[layers])
+        # Recomputing a layer would extend the cache a second time.
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in chosen:
             seen = image[layer.index] if image is not None else None
-            options = {"mask": mask, "image": seen, "image_mask": image_mask, "cache": cache}
-            options |= {"route": route, "queries": queries}
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False, **options)
-            else:
-                x = layer(x, **options)
+            run = partial(
+                layer, mask=mask, image=seen, image_mask=image_mask, cache=cache, route=route, queries=queries
+            )
+            x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         if self.final_norm is not None and chosen and chosen[-1] is self.layers[-1]:
             x = self.final_norm(x)
         return x
+
+
+def _check(config: TransformerConfig) -> None:
+    if config.heads < 1 or config.width % config.heads:
+        raise ConfigError(
+            f"width {config.width} is not a multiple of heads {config.heads}; change one of them"
+        )
+    if config.activation not in _ACTIVATIONS:
+        hint = nearest(config.activation, _ACTIVATIONS)
+        raise ConfigError(
+            f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}"
+        )
+    if config.norm not in ("pre", "post"):
+        raise ConfigError(f"unknown norm {config.norm!r}; choose pre or post")
+    outside = [i for i in config.cross_layers if not 0 <= i < config.layers]
+    if outside:
+        raise ConfigError(f"cross_layers {outside} don't exist; layers are numbered 0 to {config.layers - 1}")
+    if not config.self_routes:
+        raise ConfigError("self_routes is empty; name at least one self-attention, such as text")
+    if "text" not in config.mlp_routes:
+        raise ConfigError(f"mlp_routes {config.mlp_routes} lacks text, the feed-forward that tokens take")
 
 
 def _initialise(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -9,6 +10,14 @@ from typing import Literal
 from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from vlm.errors import ConfigError, nearest
+
+_ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": nn.GELU,
+    "quick_gelu": QuickGELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +47,8 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        _check(config)
         self.config = config
-        acts = {"gelu": nn.GELU, "quick_gelu": QuickGELU, "gelu_tanh": partial(nn.GELU, approximate="tanh")}
         self.trunk = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -47,7 +56,7 @@ class ViT(nn.Module):
             depth=config.layers,
             num_heads=config.heads,
             mlp_ratio=config.mlp_width / config.width,
-            act_layer=acts[config.activation],
+            act_layer=_ACTIVATIONS[config.activation],
             norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
             pre_norm=config.pre_norm,
             patch_drop_rate=config.patch_dropout,
@@ -67,5 +76,29 @@ class ViT(nn.Module):
         self.trunk.set_grad_checkpointing(enabled)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) normalised pixels as (B, N, D) states after the final norm."""
+        """Encode (B, 3, H, W) normalised pixels as (B, N, D) states after the final norm.
+
+        Raises ValueError when the patch size does not divide both sides.
+        """
+        (height, width), patch = pixels.shape[-2:], self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(
+                f"image of {height} x {width} pixels can't be cut into patches of {patch}; resize it"
+            )
         return self.trunk.forward_features(pixels)
+
+
+def _check(config: ViTConfig) -> None:
+    if config.heads < 1 or config.width % config.heads:
+        raise ConfigError(
+            f"width {config.width} is not a multiple of heads {config.heads}; change one of them"
+        )
+    if config.patch_size < 1 or config.image_size % config.patch_size:
+        raise ConfigError(
+            f"patch_size {config.patch_size} does not divide image_size {config.image_size}; change one"
+        )
+    if config.activation not in _ACTIVATIONS:
+        hint = nearest(config.activation, _ACTIVATIONS)
+        raise ConfigError(
+            f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}"
+        )

@@ -6,6 +6,8 @@ the joined batch. Pairs that share an id (a concept, a caption) are positives of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,7 +107,14 @@ def sigmoid_itc(
     return _over_rows(total, image, text, row_ids, chunk=chunk)
 
 
-def _over_rows(total, image: Tensor, text: Tensor, row_ids: Tensor, *, chunk: int) -> Tensor:  # type: ignore[no-untyped-def]
+def _over_rows(
+    total: Callable[[Tensor, Tensor, Tensor], Tensor],
+    image: Tensor,
+    text: Tensor,
+    row_ids: Tensor,
+    *,
+    chunk: int,
+) -> Tensor:
     rows = len(image)
     if chunk <= 0 or chunk >= rows:
         return total(image, text, row_ids) / rows
