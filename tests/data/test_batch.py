@@ -36,9 +36,7 @@ def test_split_keeps_every_row_in_order(lengths, parts):
     for piece in pieces:
         longest = max(lengths[start : start + len(piece)])
         assert piece.tokens.input_ids.shape == (len(piece), longest) == piece.tokens.attention_mask.shape
-        assert torch.equal(
-            piece.tokens.input_ids, batch.tokens.input_ids[start : start + len(piece), :longest]
-        )
+        assert torch.equal(piece.tokens.input_ids, batch.tokens.input_ids[start : start + len(piece), :longest])
         assert piece.consumed == 70
         start += len(piece)
 

@@ -53,9 +53,7 @@ def test_sources(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with path.open("rb") as opened:
-        pictures = [
-            decode_image(source) for source in (content, path, str(path), io.BytesIO(content), opened)
-        ]
+        pictures = [decode_image(source) for source in (content, path, str(path), io.BytesIO(content), opened)]
     assert all(np.array_equal(np.array(picture), gradient()) for picture in pictures)
 
 
@@ -119,9 +117,7 @@ def test_exif_rotation_is_applied_once():
 
 
 def test_damaged_exif_leaves_the_picture():
-    content = encoded(
-        Image.fromarray(gradient()), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage"
-    )
+    content = encoded(Image.fromarray(gradient()), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage")
     assert decode_image(content).size == (12, 8)
 
 

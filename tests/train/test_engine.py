@@ -19,9 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"
-    }
+    return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -47,9 +45,7 @@ def test_loss_falls_and_metrics_are_written(tmp_path):
 def test_resume_gives_the_unbroken_runs_losses_and_weights(tmp_path):
     whole = trainer(tmp_path / "whole", ema=0.9)
     whole.fit()
-    trainer(
-        tmp_path / "cut", steps=10, ema=0.9, job={"batches": stops_after(make_batches(ALONE), 7)}
-    ).fit_until_cut()
+    trainer(tmp_path / "cut", steps=10, ema=0.9, job={"batches": stops_after(make_batches(ALONE), 7)}).fit_until_cut()
     resumed = trainer(tmp_path / "cut", steps=10, ema=0.9)
     resumed.fit(resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -146,9 +142,7 @@ def test_resume_on_two_ranks_goes_on_with_the_same_samples(tmp_path, kind):
 
 def resume_as(here, kind, run):
     seen: list[int] = []
-    trainer(Path(run), here, steps=8, parallel=kind, job={"batches": make_batches(here, seen)}).fit(
-        resume=True
-    )
+    trainer(Path(run), here, steps=8, parallel=kind, job={"batches": make_batches(here, seen)}).fit(resume=True)
     if here.first:
         Path(run, "seen.json").write_text(json.dumps(seen))
 
@@ -181,9 +175,7 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path):
             raise OSError(28, "No space left on device")
         folder.mkdir()
 
-    with pytest.raises(
-        TrainingError, match=r"No space left.*last good checkpoint is .*step-00000004.*--resume"
-    ):
+    with pytest.raises(TrainingError, match=r"No space left.*last good checkpoint is .*step-00000004.*--resume"):
         trainer(tmp_path, job={"export": export}).fit()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
@@ -207,18 +199,14 @@ def test_keeps_the_last_and_the_best(tmp_path):
 
 def test_unknown_best_metric(tmp_path):
     with pytest.raises(TrainingError, match="gives score"):
-        trainer(
-            tmp_path, evaluate_every=2, best="scoer", job={"evaluate": lambda model: {"score": 1.0}}
-        ).fit()
+        trainer(tmp_path, evaluate_every=2, best="scoer", job={"evaluate": lambda model: {"score": 1.0}}).fit()
 
 
 def test_average_is_exported_and_evaluated(tmp_path):
     from safetensors.torch import load_file
 
     found = {}
-    made = trainer(
-        tmp_path, steps=6, ema=0.8, job={"evaluate": lambda model: found.update(weights(model)) or {}}
-    )
+    made = trainer(tmp_path, steps=6, ema=0.8, job={"evaluate": lambda model: found.update(weights(model)) or {}})
     made.fit()
     exported = load_file(tmp_path / "checkpoints/step-00000006/model/model.safetensors")
     for name, average in made.average.average.items():

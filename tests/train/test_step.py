@@ -29,9 +29,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, f"{name} has no gradient: the comparison would show nothing"
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,9 +62,7 @@ def test_naive_accumulation_is_far_off():
 
 def test_second_pass_repeats_the_dropped_patches():
     """With patch dropout the cached features are those that get the gradient: a repeat gives the same one."""
-    image = ViTConfig(
-        image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_width=64, patch_dropout=0.5
-    )
+    image = ViTConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, mlp_width=64, patch_dropout=0.5)
     rows = dataclasses.replace(batch(ROWS), pixels=torch.randn(11, 3, 32, 32))
     found = []
     for _ in range(2):
@@ -102,9 +98,7 @@ def test_micro_batches_hold_the_memory_of_one():
                 alive -= self.tensor.numel()
 
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
-            backward(
-                model, batch(list(range(24))), context(accumulate=parts, model=model), step=0, loss_scale=1.0
-            )
+            backward(model, batch(list(range(24))), context(accumulate=parts, model=model), step=0, loss_scale=1.0)
         return most
 
     assert peak(6) < 0.35 * peak(1)
@@ -122,9 +116,7 @@ def ranks_task(here, kind, parts, settings, expected):
     inner = unwrapped(model)
     rows = batch(ROWS[here.rank :: here.count])
     backward(model, rows, context(here, parts, inner), step=0, loss_scale=1.0)
-    found = {
-        name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients(inner).items()
-    }
+    found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients(inner).items()}
     assert_same(found, expected)
 
 

@@ -83,6 +83,9 @@ class Batch:
     """Samples of the epoch used up by all ranks once this batch is done (unreadable ones included):
     what `skip_samples` takes to go on after it."""
 
+    skipped: tuple[str, ...] = ()
+    """What was wrong with pictures that could not be decoded on the way."""
+
     def __len__(self) -> int:
         return len(self.keys)
 

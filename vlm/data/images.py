@@ -50,7 +50,7 @@ def decode_image(
     min_side: a JPEG may be decoded at a smaller scale (faster) whose shorter side is still at least this.
     Raises DataError for anything that isn't a whole picture of a known format within `limits`.
     """
-    content, name = _read(source, limits, name)
+    content, name = read_encoded(source, limits, name)
     if not content:
         raise DataError(f"{name}: empty file (0 bytes), expected a picture")
     if len(content) > limits.max_bytes:
@@ -113,7 +113,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(source: bytes | Path | str | BinaryIO, limits: ImageLimits, name: str) -> tuple[bytes, str]:
+def read_encoded(
+    source: bytes | Path | str | BinaryIO, limits: ImageLimits = DEFAULT_LIMITS, name: str = ""
+) -> tuple[bytes, str]:
+    """The encoded bytes of a picture and what to call it; a file over the limit is refused before reading."""
     if isinstance(source, bytes | bytearray):
         return bytes(source), name or "the picture"
     if isinstance(source, str | os.PathLike):
@@ -155,9 +158,7 @@ def _check_size(image: Image.Image, limits: ImageLimits, name: str) -> None:
     if width < 1 or height < 1:
         raise DataError(f"{name}: has no pixels ({width} x {height})")
     if width * height > limits.max_pixels:
-        raise DataError(
-            f"{name}: {width:,} x {height:,} pixels, over the limit of {limits.max_pixels:,}: shrink it"
-        )
+        raise DataError(f"{name}: {width:,} x {height:,} pixels, over the limit of {limits.max_pixels:,}: shrink it")
 
 
 def _too_long(name: str, limits: ImageLimits) -> str:

@@ -28,11 +28,30 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "wordpiece" / "vocab.t
 class Tokenizer(Protocol):
     """What the rest of the package needs of a tokenizer."""
 
-    vocab_size: int
-    pad_id: int
-    start_id: int
-    end_id: int
-    max_length: int
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding."""
+        ...
+
+    @property
+    def start_id(self) -> int:
+        """Id that every text begins with."""
+        ...
+
+    @property
+    def end_id(self) -> int:
+        """Id that every text ends with."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text is cut at."""
+        ...
 
     def __call__(self, texts: Sequence[str], *, max_length: int | None = None) -> Tokens:
         """Ids (B, L) padded to the longest text, cut at `max_length` with the end token kept."""

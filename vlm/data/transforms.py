@@ -81,7 +81,7 @@ class ImageTransform:
     def normalise(self, image: Image.Image) -> Tensor:
         """A picture (H, W) to a float32 tensor (3, H, W), without resizing."""
         raw = np.array(image, dtype=np.float32)  # (H, W, 3)
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         scaled = (raw / np.float32(255) - mean) / std
         return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
 
@@ -105,7 +105,7 @@ class ImageTransform:
                 raise ConfigError(f"unknown setting {name!r} of the picture transform{nearest(name, known)}")
         if "size" not in settings:
             raise ConfigError("the picture transform needs the setting 'size'")
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
         return cls(**given)
 
 

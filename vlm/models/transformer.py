@@ -163,18 +163,14 @@ class Layer(nn.Module):
         super().__init__()
         width, drop = config.width, config.dropout
         self.index, self.pre = index, config.norm == "pre"
-        self.self_attn = nn.ModuleDict(
-            {r: Attention(width, config.heads, dropout=drop) for r in config.self_routes}
-        )
+        self.self_attn = nn.ModuleDict({r: Attention(width, config.heads, dropout=drop) for r in config.self_routes})
         self.self_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.cross_attn: Attention | None = None
         if index in config.cross_layers:
             self.cross_attn = Attention(width, config.heads, source_width=config.cross_width, dropout=drop)
             self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = nn.ModuleDict({r: FeedForward(config) for r in config.mlp_routes})
-        self.mlp_norm = nn.ModuleDict(
-            {r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes}
-        )
+        self.mlp_norm = nn.ModuleDict({r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes})
         self.drop = nn.Dropout(drop)
 
     def forward(
@@ -246,9 +242,7 @@ class Transformer(nn.Module):
         end = past + input_ids.shape[1]
         if end > self.config.context_length:
             limit = self.config.context_length
-            raise ValueError(
-                f"text of {end} tokens, but context_length is {limit}; truncate it when tokenizing"
-            )
+            raise ValueError(f"text of {end} tokens, but context_length is {limit}; truncate it when tokenizing")
         place = torch.arange(past, end, device=input_ids.device)
         x = self.tokens(input_ids) + self.positions(place)  # (B, L, D)
         if self.types is not None:
@@ -298,9 +292,7 @@ class Transformer(nn.Module):
         """
         if route not in self.config.self_routes:
             known = ", ".join(self.config.self_routes)
-            raise ValueError(
-                f"unknown route {route!r}{nearest(route, self.config.self_routes)}; it has {known}"
-            )
+            raise ValueError(f"unknown route {route!r}{nearest(route, self.config.self_routes)}; it has {known}")
         past = cache.length if cache is not None else 0
         if mask is None:
             causal = self.config.causal if causal is None else causal
@@ -321,14 +313,10 @@ class Transformer(nn.Module):
 
 def _check(config: TransformerConfig) -> None:
     if config.heads < 1 or config.width % config.heads:
-        raise ConfigError(
-            f"width {config.width} is not a multiple of heads {config.heads}; change one of them"
-        )
+        raise ConfigError(f"width {config.width} is not a multiple of heads {config.heads}; change one of them")
     if config.activation not in _ACTIVATIONS:
         hint = nearest(config.activation, _ACTIVATIONS)
-        raise ConfigError(
-            f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}"
-        )
+        raise ConfigError(f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}")
     if config.norm not in ("pre", "post"):
         raise ConfigError(f"unknown norm {config.norm!r}; choose pre or post")
     outside = [i for i in config.cross_layers if not 0 <= i < config.layers]

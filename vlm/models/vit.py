@@ -82,23 +82,15 @@ class ViT(nn.Module):
         """
         (height, width), patch = pixels.shape[-2:], self.config.patch_size
         if height % patch or width % patch:
-            raise ValueError(
-                f"image of {height} x {width} pixels can't be cut into patches of {patch}; resize it"
-            )
+            raise ValueError(f"image of {height} x {width} pixels can't be cut into patches of {patch}; resize it")
         return self.trunk.forward_features(pixels)
 
 
 def _check(config: ViTConfig) -> None:
     if config.heads < 1 or config.width % config.heads:
-        raise ConfigError(
-            f"width {config.width} is not a multiple of heads {config.heads}; change one of them"
-        )
+        raise ConfigError(f"width {config.width} is not a multiple of heads {config.heads}; change one of them")
     if config.patch_size < 1 or config.image_size % config.patch_size:
-        raise ConfigError(
-            f"patch_size {config.patch_size} does not divide image_size {config.image_size}; change one"
-        )
+        raise ConfigError(f"patch_size {config.patch_size} does not divide image_size {config.image_size}; change one")
     if config.activation not in _ACTIVATIONS:
         hint = nearest(config.activation, _ACTIVATIONS)
-        raise ConfigError(
-            f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}"
-        )
+        raise ConfigError(f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}")

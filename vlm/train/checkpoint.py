@@ -108,9 +108,7 @@ class Checkpoints:
             problem = str(error) or type(error).__name__
         self._agree(problem, temporary)
 
-    def load(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
-    ) -> Position:
+    def load(self, network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> Position:
         """Put the newest checkpoint into the network, the optimiser and the average; every rank calls it.
 
         Raises TrainingError when there is none, or it doesn't fit.
@@ -128,9 +126,7 @@ class Checkpoints:
                 f"{folder}: the checkpoint can't be read into this configuration ({error}). Resume with the "
                 "configuration it was written with, or delete this folder to go on from the one before."
             ) from error
-        set_state_dict(
-            network, optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(network, optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"])
         if average is not None:
             average.steps = position.average_steps
         return position
@@ -167,11 +163,7 @@ class Checkpoints:
         if self.here.first:
             shutil.rmtree(temporary, ignore_errors=True)
         steps = self.steps()
-        left = (
-            f"the last good checkpoint is {self.path(steps[-1])}"
-            if steps
-            else "no checkpoint was written yet"
-        )
+        left = f"the last good checkpoint is {self.path(steps[-1])}" if steps else "no checkpoint was written yet"
         raise TrainingError(
             f"{temporary.parent}: the checkpoint can't be written ({problems[0]}); {left}. "
             "Free space or choose another --out, then go on with --resume."
@@ -187,9 +179,7 @@ def full_state(network: nn.Module, average: WeightAverage | None) -> dict[str, T
         return {name: tensor.clone() for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _state(
-    network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None
-) -> dict[str, Any]:
+def _state(network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> dict[str, Any]:
     tensors, moments = get_state_dict(network, optimizer)
     state: dict[str, Any] = {"network": tensors, "optimizer": moments}
     return state if average is None else state | {"average": average.average}

@@ -71,9 +71,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-def load_config(
-    kind: type[Config], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> Config:
+def load_config(kind: type[Config], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a dataclass `kind` from YAML, refusing unknown keys with the nearest name.
 
     source: a YAML file, or an already parsed mapping. overrides: ``section.key=value``, values as in YAML.
@@ -98,8 +96,7 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {item['msg'].lower()}"
-            for item in error.errors()
+            f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {item['msg'].lower()}" for item in error.errors()
         ]
         raise ConfigError(f"{where}: wrong value\n" + "\n".join(lines)) from error
 
@@ -181,9 +178,7 @@ def _refuse_unknown(kind: Any, values: Any, where: str, prefix: str) -> None:
 
 def _unknown(kind: Any, name: str, where: str, prefix: str = "") -> ConfigError:
     options = [item.name for item in dataclasses.fields(kind)]
-    return ConfigError(
-        f"{where}: unknown key {prefix}{name}{nearest(name, options)}; known here: {', '.join(options)}"
-    )
+    return ConfigError(f"{where}: unknown key {prefix}{name}{nearest(name, options)}; known here: {', '.join(options)}")
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:

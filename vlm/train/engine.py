@@ -60,9 +60,7 @@ class Job:
 class Trainer:
     """One run: build, then `fit`."""
 
-    def __init__(
-        self, job: Job, config: TrainConfig, run: Path, here: Ranks, *, progress: bool = True
-    ) -> None:
+    def __init__(self, job: Job, config: TrainConfig, run: Path, here: Ranks, *, progress: bool = True) -> None:
         self.job, self.config, self.run, self.here = job, config, run, here
         self.progress = progress
         self.frozen = freeze(job.network, config.optim.freeze)
@@ -79,9 +77,7 @@ class Trainer:
         self.scale = LossScale(2.0**16 if scaled else 1.0, dynamic=scaled)
         self.position = Position()
         self.checkpoints = Checkpoints(run, here, keep=config.keep, export=job.export)
-        self.context = StepContext(
-            here, job.contrast, self._autocast, seed=config.seed, accumulate=config.accumulate
-        )
+        self.context = StepContext(here, job.contrast, self._autocast, seed=config.seed, accumulate=config.accumulate)
 
     def fit(self, *, resume: bool = False) -> Position:
         """Train to the end and return where the run stands.
@@ -162,11 +158,7 @@ class Trainer:
         keys = [key for part in gather_objects(batch.keys, self.here) for key in part]
         shown = ", ".join(keys[:64]) + (f", ... ({len(keys)} in all)" if len(keys) > 64 else "")
         steps = self.checkpoints.steps()
-        left = (
-            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}"
-            if steps
-            else "no checkpoint yet"
-        )
+        left = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint yet"
         raise TrainingError(
             f"step {self.position.step + 1}: {what}; {left}. Look at these samples, or lower train.optim.lr. "
             f"Keys of the batch: {shown}"
@@ -189,9 +181,7 @@ class Trainer:
         if not name:
             return
         if name not in figures:
-            raise TrainingError(
-                f"train.best={name!r}: the evaluation gives {', '.join(figures) or 'nothing'}"
-            )
+            raise TrainingError(f"train.best={name!r}: the evaluation gives {', '.join(figures) or 'nothing'}")
         if self.position.best is None or figures[name] > self.position.best:
             self.position.best, self.position.best_step = figures[name], self.position.step
             self._save()
@@ -216,9 +206,7 @@ class Trainer:
         try:
             before = json.loads(path.read_text("utf-8"))["data"]
         except (OSError, ValueError, KeyError) as error:
-            raise TrainingError(
-                f"{path}: can't be read ({error}); this is no run folder to resume"
-            ) from error
+            raise TrainingError(f"{path}: can't be read ({error}); this is no run folder to resume") from error
         if before != self.job.fingerprint:
             raise TrainingError(
                 f"{self.run}: the data has changed since this run began, so its place in the epoch means "
@@ -227,9 +215,7 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         enabled = self.precision is not torch.float32
-        return torch.autocast(
-            self.here.device.type, dtype=self.precision if enabled else None, enabled=enabled
-        )
+        return torch.autocast(self.here.device.type, dtype=self.precision if enabled else None, enabled=enabled)
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype:

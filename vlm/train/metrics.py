@@ -117,8 +117,6 @@ def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        logger.info(
-            "TensorBoard isn't installed (pip install 'vlm[train]'): metrics go to metrics.jsonl only"
-        )
+        logger.info("TensorBoard isn't installed (pip install 'vlm[train]'): metrics go to metrics.jsonl only")
         return None
     return SummaryWriter(str(folder), purge_step=step if step else None)

@@ -67,25 +67,17 @@ def backward(
     """
     here = context.here
     micros = batch.split(context.accumulate)
-    passes = [
-        _forward(network, micro, context, step, number, len(micros) == 1)
-        for number, micro in enumerate(micros)
-    ]
+    passes = [_forward(network, micro, context, step, number, len(micros) == 1) for number, micro in enumerate(micros)]
     shared = shared_entries(passes[0])
     own = {
-        name: passes[0][name].detach()
-        if name in shared
-        else torch.cat([one[name].detach() for one in passes])
+        name: passes[0][name].detach() if name in shared else torch.cat([one[name].detach() for one in passes])
         for name in passes[0]
     }
     sizes = gather_sizes(len(batch), here)
     start = sum(sizes[: here.rank])
     everyone = {name: own[name] if name in shared else gather(own[name].float(), sizes) for name in own}
     leaves = {name: value.float().requires_grad_() for name, value in everyone.items()}
-    rows = {
-        name: leaf if name in shared else leaf[start : start + sizes[here.rank]]
-        for name, leaf in leaves.items()
-    }
+    rows = {name: leaf if name in shared else leaf[start : start + sizes[here.rank]] for name, leaf in leaves.items()}
     ids = gather(batch.ids, sizes)
     losses = context.contrast(rows, leaves, row_ids=batch.ids, ids=ids)
     # DDP and FSDP2 average over ranks; with this weight the average is the joined batch's, also when the

@@ -1,0 +1,132 @@
+"""Random changes of a training picture that its caption survives."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_SIDED = re.compile(
+    r"\b(left|right|leftwards|rightwards|east|west|north|south|clockwise|anticlockwise|counterclockwise|flags?"
+    r"|clock|o.clock|keycap|letters?|button|text|words?|digits?|numbers?|arrows?|facing|maps?|signs?|symbol|input"
+    r"|one|two|three|four|five|six|seven|eight|nine|ten|playing card|italic|align|next|previous|forward|back"
+    r"|backward|fast|rewind|play|track|notes?|clef|calendar|newspaper|book|keyboard|chart|indicator|squared?"
+    r"|ideograph|japanese|zodiac|percent|question|check|logo|australia|america|africa|europe|asia)\b|\d",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may happen to a training picture; the defaults do nothing."""
+
+    crop: float = 1.0
+    """Least share of the picture's side that is shown; 1 shows all."""
+    shrink: float = 1.0
+    """Most that the picture gets smaller within its frame: 1.3 shows it at 1 / 1.3."""
+    stretch: float = 0.0
+    """Most relative change of width against height."""
+    rotate: float = 0.0
+    """Most degrees of rotation, to either side."""
+    flip: float = 0.0
+    """Chance of a mirror image, where the caption allows it."""
+    brightness: float = 0.0
+    """Most relative change; so for the next two."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """Most degrees of rotation in hue."""
+    grey: float = 0.0
+    """Chance that all colour is taken away."""
+    background: float = 0.0
+    """Chance of another colour in place of a white background."""
+
+
+def flip_safe(caption: str) -> bool:
+    """Whether a mirror image still fits the caption: no sides, turns, writing, numbers, flags, maps."""
+    return _SIDED.search(caption) is None
+
+
+def augment(image: Image.Image, caption: str, config: Augment, rng: random.Random) -> Image.Image:
+    """A changed copy of a picture (RGB, any size), of the same size; all draws come from `rng`."""
+    fill = (255, 255, 255)
+    if config.background and rng.random() < config.background:
+        fill = _colour(rng)
+        image = replace_background(image, fill)
+    image = _moved(image, caption, config, rng, fill)
+    return _recoloured(image, config, rng)
+
+
+def replace_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Give another colour to the white that reaches the border in a straight line.
+
+    Pictures whose border isn't white (photos) stay as they are.
+    """
+    pixels = np.array(image)  # (H, W, 3)
+    white = pixels.min(axis=2) >= 248  # (H, W)
+    border = np.concatenate([white[0], white[-1], white[:, 0], white[:, -1]])
+    if border.mean() < 0.6:
+        return image
+    reached = np.logical_and.accumulate(white, axis=0) | np.logical_and.accumulate(white, axis=1)
+    reached |= np.logical_and.accumulate(white[::-1], axis=0)[::-1]
+    reached |= np.logical_and.accumulate(white[:, ::-1], axis=1)[:, ::-1]
+    pixels[reached] = colour
+    return Image.fromarray(pixels)
+
+
+def _moved(
+    image: Image.Image, caption: str, config: Augment, rng: random.Random, fill: tuple[int, int, int]
+) -> Image.Image:
+    """Crop, shrink, stretch, rotate and mirror in one resampling."""
+    width, height = image.size
+    scale = rng.uniform(config.crop, config.shrink)
+    stretch = math.exp(rng.uniform(-config.stretch, config.stretch) / 2)
+    angle = math.radians(rng.uniform(-config.rotate, config.rotate))
+    mirror = -1.0 if rng.random() < config.flip and flip_safe(caption) else 1.0
+    across, down = scale * stretch, scale / stretch
+    # A shown part smaller than the picture may lie anywhere in it, a larger frame anywhere around it.
+    shift_x = rng.uniform(-0.5, 0.5) * abs(1 - across) * width
+    shift_y = rng.uniform(-0.5, 0.5) * abs(1 - down) * height
+    if (across, down, angle, mirror) == (1.0, 1.0, 0.0, 1.0):
+        return image
+    cos, sin = math.cos(angle), math.sin(angle)
+    a, b = across * cos * mirror, -down * sin
+    d, e = across * sin * mirror, down * cos
+    middle_x, middle_y = width / 2, height / 2
+    c = middle_x + shift_x - a * middle_x - b * middle_y
+    f = middle_y + shift_y - d * middle_x - e * middle_y
+    kind = Image.Resampling.BILINEAR
+    return image.transform((width, height), Image.Transform.AFFINE, (a, b, c, d, e, f), kind, fillcolor=fill)
+
+
+def _recoloured(image: Image.Image, config: Augment, rng: random.Random) -> Image.Image:
+    """Brightness, contrast, saturation and hue as one 3 x 4 matrix."""
+    gain = 1 + rng.uniform(-config.brightness, config.brightness)
+    contrast = 1 + rng.uniform(-config.contrast, config.contrast)
+    saturation = 1 + rng.uniform(-config.saturation, config.saturation)
+    turn = math.radians(rng.uniform(-config.hue, config.hue))
+    if rng.random() < config.grey:
+        saturation = 0.0
+    if (gain, contrast, saturation, turn) == (1.0, 1.0, 1.0, 0.0):
+        return image
+    luma = np.array([0.299, 0.587, 0.114])
+    grey = np.tile(luma, (3, 1))
+    axis = 1 / 3
+    cos, sin = math.cos(turn), math.sin(turn) / math.sqrt(3)
+    rotation = np.full((3, 3), axis * (1 - cos)) + cos * np.eye(3)
+    rotation += sin * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    matrix = gain * contrast * (grey + saturation * (rotation - grey @ rotation))
+    offset = 255 * gain * (1 - contrast) / 2
+    rows = np.concatenate([matrix, np.full((3, 1), offset)], axis=1)
+    return image.convert("RGB", tuple(rows.ravel().tolist()))
+
+
+def _colour(rng: random.Random) -> tuple[int, int, int]:
+    """Any hue, mostly light or strong."""
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.random() ** 2, 1 - 0.6 * rng.random() ** 2)
+    return round(255 * red), round(255 * green), round(255 * blue)

@@ -1,0 +1,128 @@
+"""One picture with its texts, the identities of both, and an account of what could not be used."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger("vlm.data")
+
+CAPTION_FIELDS = ("captions", "caption", "text", "title")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture as it was encoded, with everything that is known about it."""
+
+    key: str
+    """Name in its source: a tar key, or a path relative to the folder or table."""
+
+    image: bytes
+    """Encoded picture, for `decode_image`."""
+
+    meta: dict[str, Any]
+    """``captions`` (list of str, at least one) and, where known, source, licence, concept, tags, name, ..."""
+
+
+@dataclass
+class Problems:
+    """What was skipped, counted by reason, with the first places of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    keep: int = 20
+    """How many places are remembered for each reason."""
+
+    def add(self, reason: str, where: str, count: int = 1) -> None:
+        """Count one more place where `reason` was met."""
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        known = self.examples.setdefault(reason, [])
+        if len(known) < self.keep and where not in known:
+            known.append(where)
+
+    def merge(self, other: Problems) -> None:
+        """Add all of `other`."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            known = self.examples.setdefault(reason, [])
+            known += other.examples.get(reason, [])[: self.keep - len(known)]
+
+    @property
+    def total(self) -> int:
+        """All that was skipped."""
+        return sum(self.counts.values())
+
+    def summary(self) -> str:
+        """One line for each reason: count, reason, first places."""
+        lines = []
+        for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]):
+            places = self.examples.get(reason, [])
+            shown = ", ".join(places[:3]) + (", ..." if count > min(3, len(places)) else "")
+            lines.append(f"{count} x {reason}: {shown}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts and examples as JSON values."""
+        return {"total": self.total, "counts": dict(self.counts), "examples": dict(self.examples)}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Problems:
+        """The inverse of `as_dict`."""
+        return cls(dict(saved["counts"]), {reason: list(places) for reason, places in saved["examples"].items()})
+
+    def log(self, name: str) -> None:
+        """Warn of everything that was skipped in the source `name`; silent when nothing was."""
+        if self.total:
+            logger.warning("%s: %d skipped\n%s", name, self.total, self.summary())
+
+
+def with_captions(meta: Any, extra: Iterable[str] = ()) -> dict[str, Any]:
+    """A copy of a sample's JSON with ``captions`` as a list of non-empty texts, duplicates removed.
+
+    Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`.
+    Raises ValueError when it isn't an object or holds no text.
+    """
+    if not isinstance(meta, dict):
+        raise ValueError("JSON is not an object")
+    found: list[str] = []
+    for name in CAPTION_FIELDS:
+        value = meta.get(name)
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        if found:
+            break
+    found = found or [text.strip() for text in extra if text.strip()]
+    if not found:
+        raise ValueError("no caption")
+    return {**meta, "captions": list(dict.fromkeys(found))}
+
+
+def caption_length(meta: Mapping[str, Any]) -> int:
+    """Mean length of a sample's captions in characters, rounded."""
+    captions = meta["captions"]
+    return round(sum(map(len, captions)) / len(captions))
+
+
+def stable_id(text: str) -> int:
+    """63-bit number of a text: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
+
+
+def caption_id(caption: str) -> int:
+    """`stable_id` of a caption, blind to case, spaces and the full stop at its end."""
+    return stable_id(" ".join(caption.casefold().split()).rstrip(" .!?"))
+
+
+def fingerprint(keys: Iterable[str], concepts: Iterable[str], *numbers: np.ndarray) -> str:
+    """Hash of a source's content as its index knows it: keys, concepts, lengths and sizes."""
+    digest = hashlib.sha256()
+    for key, concept in zip(keys, concepts, strict=True):
+        digest.update(f"{key}\0{concept}\n".encode("utf-8", "replace"))
+    for array in numbers:
+        digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    return digest.hexdigest()

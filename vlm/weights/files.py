@@ -1,0 +1,155 @@
+"""Reading and writing weights: nothing is unpickled freely, nothing is half-written or half-loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlm.data.tokenizers import Tokenizer
+from vlm.data.transforms import ImageTransform
+from vlm.errors import WeightsError
+from vlm.weights.rules import refuse
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+
+class Configured(Protocol):
+    """A network that carries its configuration, a dataclass."""
+
+    config: Any
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Its tensors by name."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint file: safetensors, or torch's format with weights only.
+
+    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. Raises WeightsError when the file is
+    missing, damaged, no checkpoint, or would have to run code to be read.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.lstrip()[:1] == b"<" or head.startswith(b"version https://git-lfs"):
+        kind = "a Git LFS pointer" if head.startswith(b"version") else "a web page"
+        raise WeightsError(f"{path}: this is {kind}, not weights; download the file itself")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
+            "save its state dict as safetensors, or get a version that is"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise WeightsError(f"{path}: damaged or not a checkpoint ({str(error)[:200]}); fetch it again") from error
+    for name in ("state_dict", "model", "module"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{path}: expected named tensors, got {type(loaded).__name__}")
+    named = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    if not named:
+        raise WeightsError(f"{path}: holds no tensors")
+    return named
+
+
+def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy tensors into a network, all or nothing.
+
+    Raises one WeightsError that lists everything missing, unexpected or of the wrong shape.
+    """
+    own = network.state_dict()
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    refuse(
+        where,
+        missing=[name for name in own if name not in tensors],
+        unexpected=[name for name in tensors if name not in own],
+        shapes=shapes,
+    )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def save_model(
+    network: Configured,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    folder: Path | str,
+    *,
+    name: str,
+    family: str = "clip",
+    dtype: torch.dtype | None = None,
+    card: str = "",
+) -> None:
+    """Write a model folder that `vlm.load` reads: config.json, model.safetensors, vocabulary, README.md.
+
+    dtype: of the stored tensors with fractions; None keeps them. card: text of README.md. The folder appears
+    whole or stays as it was. Raises WeightsError when it can't be written.
+    """
+    target = Path(folder)
+    temporary = target.with_name(f".tmp-{target.name}")
+    config = {
+        "family": family,
+        "name": name,
+        "config": dataclasses.asdict(network.config),
+        "tokenizer": tokenizer.to_dict(),
+        "transform": transform.to_dict(),
+    }
+    tensors = {
+        key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+        for key, value in network.state_dict().items()
+    }
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        tokenizer.save(temporary)
+        (temporary / CARD).write_text(card or f"# {name}\n\nA {family} model written by vlm.\n", "utf-8")
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        replace_folder(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise WeightsError(
+            f"{target}: the model can't be written ({error}); free space or choose another place"
+        ) from error
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`, which is moved away first and dropped afterwards."""
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises WeightsError when it can't be read."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: can't be read ({error})") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

@@ -1,0 +1,1 @@
+"""Tables of foreign tensor names, one for each family, used in both directions."""

@@ -1,0 +1,53 @@
+"""BERT and MiniLM (``transformers`` BertModel): our post-norm text transformer with token types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm.models.transformer import TransformerConfig
+from vlm.weights.rules import Rule, both, same, split_attention
+
+LEFT_OUT = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*", r"cls\..*")
+
+
+def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
+    """Rules for a text transformer of this shape; `prefix` stands before their names."""
+    embeddings = f"{prefix}embeddings"
+    rules = [
+        same("tokens.weight", f"{embeddings}.word_embeddings.weight"),
+        same("positions.weight", f"{embeddings}.position_embeddings.weight"),
+        same("types.weight", f"{embeddings}.token_type_embeddings.weight"),
+        *both("embed_norm", f"{embeddings}.LayerNorm"),
+    ]
+    for i in range(config.layers):
+        ours, theirs = f"layers.{i}", f"{prefix}encoder.layer.{i}"
+        attention = f"{theirs}.attention.self"
+        rules += split_attention(f"{ours}.self_attn.text", [f"{attention}.{n}" for n in ("query", "key", "value")])
+        rules += both(f"{ours}.self_attn.text.out", f"{theirs}.attention.output.dense")
+        rules += both(f"{ours}.self_norm", f"{theirs}.attention.output.LayerNorm")
+        rules += both(f"{ours}.mlp.text.up", f"{theirs}.intermediate.dense")
+        rules += both(f"{ours}.mlp.text.down", f"{theirs}.output.dense")
+        rules += both(f"{ours}.mlp_norm.text", f"{theirs}.output.LayerNorm")
+    return rules
+
+
+def bert_config(settings: Mapping[str, Any]) -> TransformerConfig:
+    """Our settings for a BERT ``config.json``."""
+    acts = {
+        "gelu": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "quick_gelu": "quick_gelu",
+    }
+    return TransformerConfig(
+        vocab_size=settings["vocab_size"],
+        context_length=settings["max_position_embeddings"],
+        width=settings["hidden_size"],
+        layers=settings["num_hidden_layers"],
+        heads=settings["num_attention_heads"],
+        mlp_width=settings["intermediate_size"],
+        activation=acts[settings.get("hidden_act", "gelu")],  # type: ignore[arg-type]
+        norm_eps=settings.get("layer_norm_eps", 1e-12),
+        token_types=settings.get("type_vocab_size", 2),
+    )

