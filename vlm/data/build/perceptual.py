@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 GRID = 16
-HASH_BITS_APART = 6
-COLOUR_APART = 10.0
+HASH_BITS_APART = 10
+COLOUR_APART = 16.0
 
 
 def signatures(images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
@@ -34,8 +34,8 @@ def near_identical(
 ) -> list[tuple[int, int]]:
     """Pairs (i, j) of pictures i of `first` and j of `second` that look the same.
 
-    Two pictures are near-identical when at most 6 of the 64 bits of their hashes differ and their 16 x 16
-    colour grids are at most 10 grey levels (of 255) apart, root mean square. Either alone is not enough:
+    Two pictures are near-identical when at most 10 of the 64 bits of their hashes differ and their 16 x 16
+    colour grids are at most 16 grey levels (of 255) apart, root mean square. Either alone is not enough:
     line drawings have grids alike, recoloured drawings hashes alike.
     """
     pairs: list[tuple[int, int]] = []
