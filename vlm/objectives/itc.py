@@ -23,7 +23,12 @@ def positives(row_ids: Tensor, ids: Tensor) -> Tensor:
 
     Returns:
         (b, B) boolean: true where any of the K ids agree.
+
+    Raises:
+        ValueError: rows and columns have different kinds of id.
     """
+    if row_ids.shape[1:] != ids.shape[1:]:  # one kind would be compared with all others unnoticed
+        raise ValueError(f"ids of shape {tuple(row_ids.shape)} and {tuple(ids.shape)} differ in their kinds")
     return (row_ids[:, None, :] == ids[None, :, :]).any(dim=-1)  # (b, B)
 
 
