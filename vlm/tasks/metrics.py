@@ -1,0 +1,97 @@
+"""Figures with intervals and chance values; pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A share with its 95 % interval and what guessing gives."""
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    count: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Rounded JSON values."""
+        found = {"value": self.value, "low": self.low, "high": self.high, "chance": self.chance}
+        return {name: round(number, 6) for name, number in found.items()} | {"count": self.count}
+
+    def __str__(self) -> str:
+        value, low, high = (100 * number for number in (self.value, self.low, self.high))
+        return f"{value:.1f} % [{low:.1f}, {high:.1f}] (chance {100 * self.chance:.2f} %)"
+
+
+def wilson(hits: int, count: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (E. B. Wilson, 1927); (0, 1) when nothing was counted."""
+    if count == 0:
+        return 0.0, 1.0
+    share, square = hits / count, z * z / count
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share(hits: Sequence[bool] | np.ndarray, chance: float) -> Figure:
+    """How many of independent trials hit, with Wilson's interval."""
+    array = np.asarray(hits, dtype=bool)
+    low, high = wilson(int(array.sum()), len(array))
+    return Figure(float(array.mean()) if len(array) else 0.0, low, high, chance, len(array))
+
+
+def bootstrap(
+    values: np.ndarray, *, groups: np.ndarray | None = None, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean; whole groups are drawn when trials of one group hang together.
+
+    values: (n,). groups: (n,) integers or names, such as the concept of each trial; None draws each trial.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        return 0.0, 0.0
+    if groups is None:
+        sums, counts = values, np.ones(len(values))
+    else:
+        _, place = np.unique(groups, return_inverse=True)
+        sums, counts = np.bincount(place, weights=values), np.bincount(place).astype(float)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(draws):
+        drawn = rng.integers(0, len(sums), len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def grouped_share(hits: np.ndarray, groups: np.ndarray, chance: float, *, seed: int = 0) -> Figure:
+    """How many trials hit, with a bootstrap interval over groups."""
+    low, high = bootstrap(hits, groups=groups, seed=seed)
+    return Figure(float(np.mean(hits)) if len(hits) else 0.0, low, high, chance, len(hits))
+
+
+def ranks_of_best(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Rank, from 0, of each row's best positive: how many columns stand strictly before it, ties against us.
+
+    scores: (queries, candidates). positives: the same shape, boolean, at least one true in each row.
+    """
+    best = np.where(positives, scores, -np.inf).max(axis=1)
+    return ((scores >= best[:, None]) & ~positives).sum(axis=1)
+
+
+def chance_at(k: int, positives: np.ndarray) -> float:
+    """What guessing gives: mean over rows of the chance that k random candidates hold a positive."""
+    total = positives.shape[1]
+    rows = []
+    for count in positives.sum(axis=1):
+        miss = 1.0
+        for draw in range(min(k, total)):
+            miss *= max(0.0, (total - count - draw) / (total - draw))
+        rows.append(1 - miss)
+    return float(np.mean(rows))
