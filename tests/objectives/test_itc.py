@@ -298,7 +298,7 @@ def test_a_batch_of_one() -> None:
     assert loss.item() == pytest.approx(0.0, abs=1e-12)  # nothing to confuse it with
     loss.backward()
     assert float(image.grad.abs().max()) < 1e-12  # type: ignore[union-attr]
-    logit = float(SCALE * (image * text).sum() + BIAS)
+    logit = (SCALE * (image * text).sum() + BIAS).item()
     assert float(sigmoid_loss(image, text, distinct(1))) == pytest.approx(math.log1p(math.exp(-logit)))
 
 

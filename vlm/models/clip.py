@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.errors import ConfigError, nearest
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
 from vlm.objectives.itc import itc, sigmoid_itc
+
+_CHOICES = {
+    "image_pool": ("cls", "mean"),
+    "text_pool": ("cls", "eot", "mean"),
+    "loss": ("softmax", "sigmoid"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Clip(nn.Module):
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
+        _check(config)
         self.config = config
         self.image = ViT(config.image)
         self.text = Transformer(config.text)
@@ -153,5 +161,22 @@ def pool_text(states: Tensor, mask: Tensor, pool: str) -> Tensor:
     if pool == "eot":
         last = mask.sum(dim=1) - 1  # (B,), texts are padded on the right
         return states[torch.arange(len(states), device=states.device), last]
+    _choose("text_pool", pool)
     weight = mask.to(states.dtype)[:, :, None]  # (B, L, 1)
     return (states * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def _check(config: ClipConfig) -> None:
+    for name in _CHOICES:
+        _choose(name, getattr(config, name))
+    if config.logit_scale_max < 1:
+        raise ConfigError(f"logit_scale_max {config.logit_scale_max} is below 1, the scale's lower bound")
+    if config.logit_scale_init <= 0:
+        raise ConfigError(f"logit_scale_init {config.logit_scale_init} must be positive; CLIP starts at 14.3")
+
+
+def _choose(name: str, value: str) -> None:
+    known = _CHOICES[name]
+    if value not in known:
+        hint = nearest(value, known)
+        raise ConfigError(f"unknown {name} {value!r}{hint}; choose from {', '.join(known)}")
