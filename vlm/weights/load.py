@@ -1,0 +1,128 @@
+"""`load`: the only door to weights."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm.data.tokenizers import load_tokenizer
+from vlm.data.transforms import ImageTransform
+from vlm.errors import WeightsError, nearest
+from vlm.models.clip import Clip, ClipConfig
+from vlm.weights.files import CARD, CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.loaded import VisionLanguageModel
+
+ACCEPTED = (
+    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP repo id or folder, open_clip:ARCH/TAG, "
+    "open_clip:ARCH/FILE, or a CLIP checkpoint file"
+)
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def load(
+    name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> VisionLanguageModel:
+    """Load a model, ready for use in eval mode.
+
+    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP repo id or
+    folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or a file
+    with OpenAI's or open_clip's CLIP weights. device: a GPU when there is one, if None. dtype: of the weights;
+    fp32 if None. Raises WeightsError that says what was expected, and lists every tensor that doesn't fit.
+    """
+    model = _found(str(name_or_path))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device, dtype or torch.float32)
+    except (RuntimeError, AssertionError) as error:
+        raise WeightsError(f"device {device!s}: can't be used ({str(error)[:200]}); use device='cpu'") from error
+    model.network.eval().requires_grad_(False)
+    return model
+
+
+def shipped() -> dict[str, str]:
+    """Names of the models that come with the package, and the first sentence of their cards."""
+    found = {}
+    for folder in sorted(_assets().iterdir()):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            text = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
+            lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "---"))]
+            found[folder.name] = lines[0] if lines else ""
+    return found
+
+
+def load_folder(folder: Path) -> VisionLanguageModel:
+    """A model folder that `save_model` wrote. Raises WeightsError when it isn't one or doesn't fit."""
+    settings = read_json(folder / CONFIG)
+    if settings.get("family") != "clip":
+        raise WeightsError(f"{folder}: family {settings.get('family')!r} isn't known; known: clip")
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        config = TypeAdapter(ClipConfig).validate_python(settings["config"])
+        transform = ImageTransform.from_dict(settings["transform"])
+    except (KeyError, ValidationError, TypeError) as error:
+        raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({error})") from error
+    with torch.device("meta"):
+        network = Clip(config)
+    network.to_empty(device="cpu")
+    assign(network, read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
+    name = str(settings.get("name") or folder.name)
+    return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family="clip")
+
+
+def run_model(run: Path) -> Path | None:
+    """The model folder of a run: the final one, else the best checkpoint's, else the newest's."""
+    if (run / "model" / CONFIG).is_file():
+        return run / "model"
+    steps = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "trainer.json").is_file())
+    if not steps:
+        return None
+    best = json.loads((steps[-1] / "trainer.json").read_text("utf-8")).get("best_step", -1)
+    chosen = run / "checkpoints" / f"step-{best:08d}"
+    return (chosen if chosen in steps else steps[-1]) / "model"
+
+
+def _found(name: str) -> VisionLanguageModel:
+    if name.startswith("open_clip:"):
+        from vlm.weights.from_open_clip import load_open_clip
+
+        return load_open_clip(name.removeprefix("open_clip:"))
+    if "/" not in name and "\\" not in name and (_assets() / name / CONFIG).is_file():
+        return load_folder(_assets() / name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix in CHECKPOINTS:
+        from vlm.weights.from_open_clip import load_checkpoint
+
+        return load_checkpoint(path)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from vlm.weights.from_hf import load_hub
+
+        return load_hub(name)
+    names = list(shipped())
+    listed = ", ".join(names) or "none in this checkout"
+    raise WeightsError(f"{name}: no such model{nearest(name, names)}. Shipped: {listed}. Expected {ACCEPTED}.")
+
+
+def _from_folder(folder: Path) -> VisionLanguageModel:
+    run = run_model(folder)
+    if run is not None:
+        return load_folder(run)
+    if not (folder / CONFIG).is_file():
+        raise WeightsError(f"{folder}: no {CONFIG} there, so this is no model; expected {ACCEPTED}")
+    settings: dict[str, Any] = read_json(folder / CONFIG)
+    if "family" in settings:
+        return load_folder(folder)
+    from vlm.weights.from_hf import load_hf_folder
+
+    return load_hf_folder(folder)
+
+
+def _assets() -> Path:
+    return Path(str(resources.files("vlm").joinpath("assets")))
