@@ -41,7 +41,7 @@ def build(out: Path, *, work: Path, workers: int = 2) -> dict[str, Any]:
     folders = {package: fetch(package, work) for package in PACKAGES}
     concepts = read_concepts(folders[EMOJIBASE])
     web, left_out = web_items(read_uploads(folders[CLIPART]))
-    items = human_items(folders, concepts) + web
+    items = with_own_keys(human_items(folders, concepts) + web)
     logger.info("drawing %d pictures", len(items))
     drawn, images = [], []
     with ProcessPoolExecutor(workers) as pool:
@@ -59,6 +59,20 @@ def build(out: Path, *, work: Path, workers: int = 2) -> dict[str, Any]:
         left_out[f"{split}: looks like a picture of another split"] = count
     ready = [Drawn(*row) for row in zip(drawn, images, splits, strict=True) if row[2]]
     return write_set(out, ready, concepts, left_out, folders)
+
+
+def with_own_keys(items: Iterable[Item]) -> list[Item]:
+    """Items with keys that differ: a second emoji of one style is left out, a second drawing gets a number."""
+    seen: dict[str, int] = {}
+    kept = []
+    for item in items:
+        seen[item.key] = seen.get(item.key, 0) + 1
+        if seen[item.key] > 1:
+            if item.kind != "web":
+                continue
+            item.key = f"{item.key}--{seen[item.key]}"
+        kept.append(item)
+    return kept
 
 
 def merge_identical(items: Iterable[Item], images: Iterable[Image.Image]) -> tuple[list[Item], list[Image.Image], int]:
