@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.models.small import CAUSAL, CROSS, ROUTES, SMALL, build, close, far, key_mask, pictures, words
 from vlm.errors import ConfigError
 from vlm.models.transformer import (
+    Attention,
     KeyValues,
     KVCache,
     Transformer,
@@ -199,6 +200,15 @@ def test_dropout_only_in_training() -> None:
     close(model(model.embed(x)), model(model.embed(x)))
     model.train()
     assert far(model(model.embed(x)), model(model.embed(x)))
+
+
+def test_attention_drops_weights_in_training() -> None:
+    attention = Attention(32, 4, dropout=0.5)
+    x = torch.randn(2, 6, 32)
+    source = attention.keys_values(x)
+    assert far(attention(x, source), attention(x, source))
+    attention.eval()
+    assert torch.equal(attention(x, source), attention(x, source))
 
 
 # Settings
