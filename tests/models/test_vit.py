@@ -92,6 +92,14 @@ def test_patch_dropout_only_in_training() -> None:
     assert not torch.equal(model(images), model(images))
 
 
+def test_stochastic_depth_only_in_training() -> None:
+    model, images = build(replace(SMALL, drop_path=0.5)), pixels(4)
+    torch.testing.assert_close(model(images), build()(images))
+    model.train()
+    outputs = [model(images) for _ in range(4)]
+    assert any(not torch.equal(outputs[0], other) for other in outputs[1:])
+
+
 @pytest.mark.parametrize("changes", [{}, {"patch_dropout": 0.25}, {"drop_path": 0.5}])
 def test_checkpointing_changes_nothing(changes: dict[str, float]) -> None:
     def run(checkpointing: bool) -> tuple[Tensor, dict[str, Tensor]]:

@@ -63,8 +63,9 @@ def hf_clip_config(settings: Mapping[str, Any]) -> ClipConfig:
     """Our settings for a CLIPModel's ``config.json``; what it leaves out has transformers' defaults."""
     from transformers import CLIPConfig
 
-    full = CLIPConfig.from_dict(dict(settings))
-    image, text = full.vision_config, full.text_config
+    full: Any = CLIPConfig.from_dict(dict(settings))
+    image: Any = full.vision_config
+    text: Any = full.text_config
     for side, part in (("vision", image), ("text", text)):
         if part.hidden_act not in ACTS:
             raise WeightsError(f"{side}_config.hidden_act {part.hidden_act!r}: expected one of {', '.join(ACTS)}")

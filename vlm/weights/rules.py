@@ -28,9 +28,9 @@ class Rule:
     their_shares: tuple[int, ...] = (1,)
     transpose: bool = False
     """Whether theirs is stored as (in, out) and ours as (out, in)."""
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
     """Shape of ours where it has other dimensions than theirs, such as a leading 1."""
-    their_shape: tuple[int, ...] = ()
+    their_shape: tuple[int, ...] | None = None
 
 
 def same(ours: str, theirs: str, *, transpose: bool = False) -> Rule:
@@ -107,10 +107,10 @@ def refuse(
 
 
 def _cut(
-    parts: Sequence[Tensor], names: Sequence[str], shares: Sequence[int], shape: tuple[int, ...]
+    parts: Sequence[Tensor], names: Sequence[str], shares: Sequence[int], shape: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
     if len(parts) == 1 and len(names) == 1:
-        return {names[0]: parts[0].reshape(shape) if shape else parts[0]}
+        return {names[0]: parts[0] if shape is None else parts[0].reshape(shape)}
     whole = torch.cat(list(parts))
     unit = len(whole) // sum(shares)
     return dict(zip(names, whole.split([unit * share for share in shares]), strict=True))

@@ -1,0 +1,183 @@
+"""Our CLIP as other libraries read it: a ``transformers`` CLIPModel folder, or an open_clip one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from vlm.errors import WeightsError
+from vlm.models.clip import Clip, ClipConfig
+from vlm.weights.files import CONFIG, WEIGHTS, replace_folder
+from vlm.weights.from_hf import activation_name
+from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
+from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.rules import to_theirs
+
+
+def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
+    """Write a folder that ``transformers.CLIPModel`` and ``CLIPProcessor`` read.
+
+    Raises WeightsError when CLIPModel can't hold the network, saying why, or the folder can't be written.
+    """
+    network = _exportable(model, "transformers' CLIPModel")
+    config = network.config
+    tensors = to_theirs(network.state_dict(), hf_clip_rules(config))
+
+    def fill(target: Path) -> None:
+        save_file({name: value.cpu() for name, value in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
+        _write_json(target / CONFIG, _hf_config(config))
+        _write_json(target / "preprocessor_config.json", _hf_preprocessor(model))
+        _save_hf_tokenizer(model, target)
+
+    return _write_folder(Path(folder), fill)
+
+
+def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
+    """Write a folder that ``open_clip.create_model_and_transforms("local-dir:FOLDER")`` reads.
+
+    Raises WeightsError when open_clip's CLIP can't hold the network, or the folder can't be written.
+    """
+    network = _exportable(model, "open_clip's CLIP")
+    config = network.config
+    tensors = to_theirs(network.state_dict(), open_clip_rules(config))
+    transform = model.transform
+    modes = {"crop": "shortest", "squash": "squash", "pad": "longest"}
+    preprocess = {
+        "mean": list(transform.mean), "std": list(transform.std), "interpolation": transform.interpolation,
+        "resize_mode": modes[transform.resize], "fill_color": 255 if transform.resize == "pad" else 0,
+    }  # fmt: skip
+
+    def fill(target: Path) -> None:
+        save_file({name: value.cpu() for name, value in tensors.items()}, target / "open_clip_model.safetensors")
+        _write_json(
+            target / "open_clip_config.json",
+            {"model_cfg": _open_clip_config(config), "preprocess_cfg": preprocess},
+        )
+
+    return _write_folder(Path(folder), fill)
+
+
+def _exportable(model: VisionLanguageModel, target: str) -> Clip:
+    """The network, if the published CLIP's classes can hold it."""
+    network = model.network
+    if not isinstance(network, Clip):
+        raise WeightsError(f"{model.name}: runs on open_clip's own towers, so there is nothing of ours to export")
+    config, wrong = network.config, []
+    text, image = config.text, config.image
+    checks = {
+        "its text tower is bidirectional": not text.causal,
+        "its text tower is post-norm": text.norm != "pre",
+        "it has token types": bool(text.token_types),
+        f"its text feature is {config.text_pool!r}, not the end-of-text state": config.text_pool != "eot",
+        "its image feature is a mean over patches": config.image_pool != "cls",
+        "its image tower has no norm before the first layer": not image.pre_norm,
+        "it has a sigmoid loss's bias": network.logit_bias is not None,
+    }
+    wrong = [reason for reason, found in checks.items() if found]
+    if wrong:
+        raise WeightsError(
+            f"{model.name} can't be written as {target}: {'; '.join(wrong)}. "
+            "Keep it in vlm's own format (model.save), or train with a causal BPE text tower."
+        )
+    return network
+
+
+def _hf_config(config: ClipConfig) -> dict[str, Any]:
+    image, text = config.image, config.text
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=image.width, intermediate_size=image.mlp_width, num_hidden_layers=image.layers,
+        num_attention_heads=image.heads, image_size=image.image_size, patch_size=image.patch_size,
+        hidden_act=activation_name(image.activation), layer_norm_eps=image.norm_eps, projection_dim=config.embed_dim,
+    )  # fmt: skip
+    words = CLIPTextConfig(
+        vocab_size=text.vocab_size, hidden_size=text.width, intermediate_size=text.mlp_width,
+        num_hidden_layers=text.layers, num_attention_heads=text.heads, max_position_embeddings=text.context_length,
+        hidden_act=activation_name(text.activation), layer_norm_eps=text.norm_eps, projection_dim=config.embed_dim,
+        bos_token_id=text.vocab_size - 2, eos_token_id=text.vocab_size - 1, pad_token_id=text.vocab_size - 1,
+    )  # fmt: skip
+    full = CLIPConfig(text_config=words.to_dict(), vision_config=vision.to_dict(), projection_dim=config.embed_dim)
+    found: dict[str, Any] = full.to_dict()
+    return found | {"architectures": ["CLIPModel"]}
+
+
+def _hf_preprocessor(model: VisionLanguageModel) -> dict[str, Any]:
+    transform = model.transform
+    side, crop = transform.size, transform.resize == "crop"
+    if transform.resize == "pad":
+        raise WeightsError(f"{model.name}: transformers' CLIP preprocessing can't pad with white; squash or crop")
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": crop,
+        "size": {"shortest_edge": side} if crop else {"height": side, "width": side},
+        "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(transform.mean), "image_std": list(transform.std),
+        "do_convert_rgb": True, "resample": 3 if transform.interpolation == "bicubic" else 2,
+    }  # fmt: skip
+
+
+def _save_hf_tokenizer(model: VisionLanguageModel, folder: Path) -> None:
+    """merges.txt is ours; vocab.json numbers bytes, word-final bytes, merges and the two special tokens."""
+    from open_clip.tokenizer import bytes_to_unicode
+
+    model.tokenizer.save(folder)
+    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    _write_json(folder / "vocab.json", {word: number for number, word in enumerate(words)})
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": model.tokenizer.max_length,
+        },
+    )  # fmt: skip
+
+
+def _open_clip_config(config: ClipConfig) -> dict[str, Any]:
+    image, text = config.image, config.text
+    if image.activation != text.activation or image.activation not in ("gelu", "quick_gelu"):
+        raise WeightsError(
+            f"open_clip has one activation for both towers, gelu or quick_gelu, "
+            f"not {image.activation} and {text.activation}"
+        )
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": image.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": image.image_size, "layers": image.layers, "width": image.width,
+            "head_width": image.width // image.heads, "mlp_ratio": image.mlp_width / image.width,
+            "patch_size": image.patch_size,
+        },
+        "text_cfg": {
+            "context_length": text.context_length, "vocab_size": text.vocab_size, "width": text.width,
+            "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_width / text.width,
+        },
+    }  # fmt: skip
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+
+
+def _write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
+    """Make the folder under a temporary name, then rename; what stood there stays on failure."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        replace_folder(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{target}: can't be written ({error}); free space or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
