@@ -1,0 +1,76 @@
+"""What every benchmark needs: time, peak memory, versions, and an interval for a median."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def peak_mb(device: str) -> float:
+    """Highest memory so far in MB: of the GPU's tensors, or of the process."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's peak would include that of the process which started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def timed(step: Callable[[int], None], numbers: Sequence[int], device: str) -> float:
+    """Seconds of some steps; a GPU is waited for on both ends."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for number in numbers:
+        step(number)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """Installed versions."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in distributions}
+
+
+def machine(device: str) -> str:
+    """Name of the GPU or of the processor."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def median_interval(values: Sequence[float], wanted: float = 0.95) -> dict[str, float]:
+    """Median, and the narrowest pair of order statistics that covers it with at least the wanted chance.
+
+    Exact for any distribution (binomial); with fewer than six values the whole range is given, with its
+    own, smaller coverage.
+    """
+    ordered, n = sorted(values), len(values)
+
+    def coverage(cut: int) -> float:
+        return 1 - 2 * sum(math.comb(n, i) for i in range(cut + 1)) / 2**n
+
+    cut = max((k for k in range((n - 1) // 2 + 1) if coverage(k) >= wanted), default=0)
+    low, high = ordered[cut], ordered[n - 1 - cut]
+    return {"median": statistics.median(ordered), "low": low, "high": high, "coverage": max(0.0, coverage(cut))}
