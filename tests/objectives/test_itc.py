@@ -299,7 +299,7 @@ def test_a_batch_of_one() -> None:
     loss.backward()
     assert float(image.grad.abs().max()) < 1e-12  # type: ignore[union-attr]
     logit = (SCALE * (image * text).sum() + BIAS).item()
-    assert float(sigmoid_loss(image, text, distinct(1))) == pytest.approx(math.log1p(math.exp(-logit)))
+    assert sigmoid_loss(image, text, distinct(1)).item() == pytest.approx(math.log1p(math.exp(-logit)))
 
 
 def test_large_scales_stay_finite() -> None:
