@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import sys
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,9 +40,13 @@ def cache_dir() -> Path:
     given = os.environ.get("VLM_CACHE")
     if given:
         return Path(given).expanduser()
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("vlm", appauthor=False))
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "vlm"
 
 
 def is_remote(place: str) -> bool:
@@ -80,13 +86,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
 
     Returns what `write` returned. Raises DataError when the folder can't be written or the disk is full.
     """
-    temporary = None
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".tmp-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("x+b") as file:
             result = write(file)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are their owner's alone
         os.replace(temporary, path)
         return result
     except OSError as error:
@@ -95,30 +99,30 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
             "for another cache folder set VLM_CACHE=/some/folder"
         ) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _stored(identity: str, fill: Callable[[BinaryIO], str], place: str) -> LocalTar:
     """The cached tar named by `identity`; `fill` makes it when missing and returns a problem or nothing."""
     path = cache_dir() / "shards" / f"{identity[:40]}.tar"
     note = path.with_suffix(".json")
-    if not (path.is_file() and note.is_file()):
-        problem = write_atomically(path, fill)
-        content = json.dumps({"from": place, "problem": problem}).encode("utf-8")
+    problem = _noted(path, note)
+    if problem is None:
+        problem = str(write_atomically(path, fill))
+        said = {"from": place, "bytes": path.stat().st_size, "problem": problem}
+        content = json.dumps(said).encode("utf-8")
         write_atomically(note, lambda file: file.write(content))
-    try:
-        problem = str(json.loads(note.read_text("utf-8"))["problem"])
-    except (OSError, ValueError, KeyError, TypeError):
-        problem = ""
     return LocalTar(path, identity, problem)
+
+
+def _noted(path: Path, note: Path) -> str | None:
+    """What was wrong when `path` was made; None when it must be made (again)."""
+    try:
+        said = json.loads(note.read_text("utf-8"))
+        return str(said["problem"]) if path.stat().st_size == said["bytes"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _fetched(place: str) -> LocalTar:
@@ -131,11 +135,16 @@ def _fetched(place: str) -> LocalTar:
                 if not head:
                     raise DataError(f"{place}: nothing came back, expected a tar")
                 source = _Joined(head, stream)
+                problem = ""
                 if head == b"\x1f\x8b":
-                    return _gunzip(source, target)
-                for block in iter(lambda: source.read(BLOCK), b""):
-                    target.write(block)
-                return ""
+                    problem = _gunzip(source, target)
+                else:
+                    for block in iter(lambda: source.read(BLOCK), b""):
+                        target.write(block)
+            target.seek(0)
+            if not tarfile.is_tarfile(target):  # an error page must not stay in the cache
+                raise DataError(f"{place}: what came back is not a tar archive")
+            return problem
         except DataError:
             raise
         except Exception as error:  # curl's exit codes arrive as OSError, a missing handler as ValueError
@@ -171,8 +180,8 @@ def _blocks(source: Any) -> Iterator[bytes]:
     unpacker = zlib.decompressobj(wbits=31)
     while block := source.read(BLOCK):
         while block:
-            yield unpacker.decompress(block)
-            block = b""
+            yield unpacker.decompress(block, 4 * BLOCK)  # a bounded piece: zeros pack a thousandfold
+            block = unpacker.unconsumed_tail
             if unpacker.eof and unpacker.unused_data.strip(b"\0"):  # several members in one file
                 block = unpacker.unused_data
                 unpacker = zlib.decompressobj(wbits=31)

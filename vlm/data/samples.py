@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,13 +79,16 @@ class Problems:
     def log(self, name: str) -> None:
         """Warn of everything that was skipped in the source `name`; silent when nothing was."""
         if self.total:
-            logger.warning("%s: %d skipped\n%s", name, self.total, self.summary())
+            logger.warning("%s: %d left out\n%s", name, self.total, self.summary())
 
 
-def with_captions(meta: Any, extra: Iterable[str] = ()) -> dict[str, Any]:
+def with_captions(
+    meta: Any, extra: Iterable[str] = (), *, report: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """A copy of a sample's JSON with ``captions`` as a list of non-empty texts, duplicates removed.
 
     Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`.
+    report: called with what was left out on the way, in words.
     Raises ValueError when it isn't an object or holds no text.
     """
     if not isinstance(meta, dict):
@@ -93,13 +97,31 @@ def with_captions(meta: Any, extra: Iterable[str] = ()) -> dict[str, Any]:
     for name in CAPTION_FIELDS:
         value = meta.get(name)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+        found = [_clean(text) for text in texts if isinstance(text, str) and text.strip()]
         if found:
+            if len(found) < len(texts) and report is not None:
+                report("empty caption beside others, left out")
             break
-    found = found or [text.strip() for text in extra if text.strip()]
+    found = found or [_clean(text) for text in extra if text.strip()]
     if not found:
         raise ValueError("no caption")
-    return {**meta, "captions": list(dict.fromkeys(found))}
+    captions = list(dict.fromkeys(found))
+    if len(captions) < len(found) and report is not None:
+        report("same caption twice for one picture, kept once")
+    return {**meta, "captions": captions}
+
+
+def _clean(text: str) -> str:
+    # JSON can hold half surrogates ("\ud83d"), which no encoder and no tokenizer takes.
+    return text.strip().encode("utf-8", "replace").decode("utf-8")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The JSON value of a text from outside; raises ValueError, also where it is nested too deeply to read."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def caption_length(meta: Mapping[str, Any]) -> int:

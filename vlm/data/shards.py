@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +18,12 @@ from webdataset.tariterators import base_plus_ext
 
 from vlm.data.cache import LocalTar, cache_dir, is_remote, local_tar, write_atomically
 from vlm.data.images import SUFFIXES
-from vlm.data.samples import Problems, Sample, caption_length, fingerprint, with_captions
+from vlm.data.samples import Problems, Sample, caption_length, fingerprint, parse_json, with_captions
 from vlm.errors import DataError
 
 logger = logging.getLogger("vlm.data")
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 MAX_JSON = 16 << 20
 Piece = tuple[int, int]  # offset and size in the tar; (-1, 0) where there is none
@@ -104,12 +104,13 @@ def find_shards(pattern: str) -> list[str]:
 
     Raises DataError when there are none.
     """
-    import braceexpand
+    from webdataset.shardlists import expand_urls
 
     if pattern.startswith("pipe:"):
         return [pattern]
     try:
-        expanded = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+        braces = "{" in pattern and not Path(pattern).exists()
+        expanded = expand_urls(pattern) if braces else [pattern]
     except ValueError as error:
         raise DataError(f"{pattern}: the braces can't be read ({error}), expected {{00000..00012}}") from error
     found: list[str] = []
@@ -119,7 +120,7 @@ def find_shards(pattern: str) -> list[str]:
         elif Path(place).is_dir():
             found += sorted(str(path) for path in Path(place).iterdir() if path.name.endswith(ENDINGS))
         elif glob.has_magic(place) and not Path(place).exists():
-            found += sorted(glob.glob(place))
+            found += sorted(glob.glob(place, recursive=True))
         elif Path(place).is_file():
             found.append(place)
         else:
@@ -146,15 +147,28 @@ def index_shard(tar: LocalTar, label: str) -> Index:
     try:
         saved = json.loads(stored.read_text("utf-8"))
         return Index(saved["rows"], Problems.from_dict(saved["problems"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    index = _scan(tar, label)
+    except FileNotFoundError:
+        index = _scan(tar, label)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.info("the index of %s is made again: %s", label, error)
+        index = _scan(tar, label)
     content = json.dumps({"rows": index.rows, "problems": index.problems.as_dict()}).encode("utf-8")
     try:
         write_atomically(stored, lambda file: file.write(content))
     except DataError as error:
         logger.warning("the index of %s isn't kept: %s", label, error)
     return index
+
+
+def _stored_index(path: Path) -> Index | None:
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        return Index(saved["rows"], Problems.from_dict(saved["problems"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.info("%s is made anew (%s)", path, error)
+        return None
 
 
 def _scan(tar: LocalTar, label: str) -> Index:
@@ -164,14 +178,15 @@ def _scan(tar: LocalTar, label: str) -> Index:
     with tar.path.open("rb") as file:
         key = ""
         members: dict[str, Piece] = {}
+        seen: set[str] = set()
         for prefix, suffix, piece in _members(file, label, index.problems):
             if prefix != key:
-                _finish(file, label, key, members, index)
+                _finish(file, label, key, members, index, seen)
                 key, members = prefix, {}
             if suffix in members:
                 index.problems.add("member twice in one sample, the first is used", f"{label}/{key}.{suffix}")
             members.setdefault(suffix, piece)
-        _finish(file, label, key, members, index)
+        _finish(file, label, key, members, index, seen)
     return index
 
 
@@ -187,7 +202,7 @@ def _members(file: BinaryIO, label: str, problems: Problems) -> Iterator[tuple[s
                 if member.isreg() and end > size:
                     problems.add(damaged, f"{label} (ends inside {member.name})")
                     return
-                prefix, suffix = base_plus_ext(member.name)
+                prefix, suffix = base_plus_ext(member.name.encode("utf-8", "replace").decode("utf-8"))
                 if member.isreg() and prefix and not prefix.rsplit("/", 1)[-1].startswith("__"):
                     yield prefix, suffix.lower(), (member.offset_data, member.size)
             end = archive.offset  # where the next header would be
@@ -215,11 +230,15 @@ def _ends_in_zeros(file: BinaryIO, end: int) -> bool:
     return False
 
 
-def _finish(file: BinaryIO, label: str, key: str, members: dict[str, Piece], index: Index) -> None:
-    """Add the sample of these members to the index, or say why it can't be used."""
+def _finish(file: BinaryIO, label: str, key: str, members: dict[str, Piece], index: Index, seen: set[str]) -> None:
+    """Add the sample of these members to the index and its key to `seen`, or say why it can't be used."""
     if not members:
         return
     where = f"{label}/{key}"
+    if key in seen:
+        index.problems.add("key of an earlier sample, the first is used", where)
+        return
+    seen.add(key)
     pictures = [piece for suffix, piece in members.items() if f".{suffix}" in SUFFIXES]
     described = members.get("json", NOTHING)
     text = members.get("txt", NOTHING)
@@ -231,7 +250,7 @@ def _finish(file: BinaryIO, label: str, key: str, members: dict[str, Piece], ind
         return
     back = file.tell()
     try:
-        meta = _read_meta(file, described, text)
+        meta = _read_meta(file, described, text, report=lambda reason: index.problems.add(reason, where))
     except ValueError as error:
         reason = "no caption" if str(error) == "no caption" else "JSON or text can't be read"
         index.problems.add(reason, where)
@@ -250,12 +269,14 @@ def _read_piece(file: BinaryIO, piece: Piece) -> bytes:
     return content
 
 
-def _read_meta(file: BinaryIO, described: Piece, text: Piece) -> dict[str, Any]:
+def _read_meta(
+    file: BinaryIO, described: Piece, text: Piece, report: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     if max(described[1], text[1]) > MAX_JSON:
         raise ValueError("JSON or text is too long")
-    meta = json.loads(_read_piece(file, described).decode("utf-8")) if described[0] >= 0 else {}
-    lines = _read_piece(file, text).decode("utf-8").splitlines() if text[0] >= 0 else []
-    return with_captions(meta, lines)
+    meta = parse_json(_read_piece(file, described)) if described[0] >= 0 else {}
+    lines = _read_piece(file, text).decode("utf-8-sig").splitlines() if text[0] >= 0 else []
+    return with_captions(meta, lines, report=report)
 
 
 class ShardWriter:
@@ -268,12 +289,18 @@ class ShardWriter:
 
     def __init__(self, pattern: str, *, samples: int = 2000) -> None:
         """pattern: path with a format field for the number, ending in .tar or .tar.gz. samples: per shard."""
-        if not pattern.endswith((".tar", ".tar.gz")) or pattern.format(0) == pattern.format(1):
+        try:
+            numbered = pattern.endswith((".tar", ".tar.gz")) and pattern.format(0) != pattern.format(1)
+        except (ValueError, LookupError):
+            numbered = False
+        if not numbered:
             raise DataError(f"{pattern}: expected a shard name with a number, such as train-{{:05d}}.tar")
+        if samples < 1:
+            raise DataError(f"a shard holds at least 1 sample, got {samples}")
         self.pattern, self.samples = pattern, samples
         self.shards: list[Path] = []
         self._rows: list[tuple[str, bytes]] = []
-        self._count = 0
+        self._keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -289,19 +316,21 @@ class ShardWriter:
             raise DataError(f"sample key {key!r} must be a name without dots")
         if f".{suffix}" not in SUFFIXES:
             raise DataError(f"sample {key}: {suffix!r} is not a picture's ending")
+        if key in self._keys:
+            raise DataError(f"sample {key}: this key is in the shard already")
         try:
             with_captions(meta)
-        except ValueError as error:
+            content = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
+        except (ValueError, TypeError) as error:
             raise DataError(f"sample {key}: {error}") from error
-        content = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
         self._rows += [(f"{key}.{suffix}", image), (f"{key}.json", content)]
-        self._count += 1
-        if self._count == self.samples:
+        self._keys.add(key)
+        if len(self._keys) == self.samples:
             self._flush()
 
     def close(self) -> None:
         """Write the last shard."""
-        if self._count:
+        if self._rows:
             self._flush()
 
     def _flush(self) -> None:
@@ -321,4 +350,4 @@ class ShardWriter:
 
         write_atomically(path, fill)
         self.shards.append(path)
-        self._rows, self._count = [], 0
+        self._rows, self._keys = [], set()
