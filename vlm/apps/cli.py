@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps import train
+from vlm.apps import classify, data, evaluate, models, train
 
 app = typer.Typer(
     help="Vision-language models, trained stage by stage.",
@@ -16,6 +16,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(data.app, name="data")
+app.command()(classify.classify)
+app.command()(models.models)
+app.command()(models.export)
+app.command()(models.demo)
 
 
 @app.callback()

@@ -1,0 +1,70 @@
+"""``vlm models``, ``vlm export`` and ``vlm demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm.apps.common import Device, Model, load_model
+
+
+def models() -> None:
+    """List the models that come with the package, and what else can be loaded."""
+    from vlm.weights.load import ACCEPTED, shipped
+
+    found = shipped()
+    for name, line in found.items():
+        typer.echo(f"{name}\n  {line}")
+    if not found:
+        typer.echo("no model is shipped with this checkout")
+    typer.echo(f"\nAlso: {ACCEPTED.removeprefix('a shipped name, ')}.")
+
+
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    model: Model = "tiny-clip",
+    to: Annotated[str, typer.Option("--to", help="vlm, hf (transformers' CLIPModel) or open_clip.")] = "hf",
+    device: Device = "cpu",
+) -> None:
+    """Write a model as another library reads it."""
+    from vlm.errors import ConfigError, nearest
+    from vlm.weights.export import export_hf, export_open_clip
+
+    kinds = ("vlm", "hf", "open_clip")
+    if to not in kinds:
+        raise ConfigError(f"--to {to!r}{nearest(to, kinds)}: expected one of {', '.join(kinds)}")
+    loaded = load_model(model, device)
+    if to == "vlm":
+        loaded.save(out)
+    else:
+        {"hf": export_hf, "open_clip": export_open_clip}[to](loaded, out)
+    typer.echo(f"{loaded.name} written to {out}")
+
+
+def demo(
+    pictures: Annotated[list[str] | None, typer.Argument(help="Pictures; the repository's examples if none.")] = None,
+    labels_file: Annotated[Path | None, typer.Option("--labels-file", help="One label a line.")] = None,
+    model: Model = "tiny-clip",
+    device: Device = "cpu",
+) -> None:
+    """Classify the repository's example pictures, zero-shot, with the model that ships."""
+    from vlm.apps.classify import as_table, predictions
+    from vlm.apps.common import find_pictures, read_lines
+    from vlm.data.sources import data_dir
+    from vlm.tasks.zero_shot import ZeroShotClassifier
+
+    examples = data_dir() / "examples"
+    labels = read_lines(labels_file or examples / "labels.txt", "labels")
+    loaded = load_model(model, device)
+    classifier = ZeroShotClassifier(loaded, labels, "drawings")
+    failed: list[str] = []
+    found = find_pictures(pictures or [str(examples)])
+    typer.echo(f"{loaded.name} on {len(found)} pictures that it never saw, among {len(labels)} labels:\n")
+    typer.echo(as_table(list(predictions(classifier, found, 3, failed))))
+    for message in failed:
+        typer.echo(f"skipped: {message}", err=True)
+    typer.echo("Try your own: vlm classify PICTURE --labels 'cat,dog,red apple'")
+    if failed:
+        raise typer.Exit(1)
