@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vlm.data.images import SUFFIXES, read_encoded
-from vlm.data.loader import Source
 from vlm.data.samples import Problems, Sample, caption_length, fingerprint, with_captions
 from vlm.data.shards import ENDINGS, ShardSource, find_shards
+from vlm.data.tables import TABLES, table_rows
 from vlm.errors import DataError, nearest
 
 BUILT_IN = ("human-train", "web-train", "unseen-concept", "web-val", "web-test", "unseen-artist")
-IMAGE_COLUMNS = ("image", "filepath", "file", "path", "filename", "image_path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 ACCEPTED = (
     "a folder of pictures with .txt files beside them, a folder of class folders, a .csv or .tsv table, "
-    f"a .jsonl file, tar shards (file, folder, glob or braces), or one of {', '.join(BUILT_IN)}"
+    f"a .jsonl file, tar shards (file, folder, glob, braces or address), or one of {', '.join(BUILT_IN)}"
 )
+
+
+class Source(Protocol):
+    """Pictures with texts by number; their order never changes."""
+
+    name: str
+    keys: list[str]
+    """Each sample's name in its shard, folder or table."""
+    concepts: list[str]
+    """What each picture shows; samples of one concept are each other's positives."""
+    lengths: np.ndarray
+    """(n,) int32, characters of each sample's captions, averaged."""
+    problems: Problems
+    """What could not be used."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Sample:
+        """The sample, its picture still encoded; raises DataError when it is gone."""
+        ...
+
+    def meta(self, number: int) -> dict[str, Any]:
+        """The sample's JSON without its picture."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of the content, the same wherever it lies."""
+        ...
 
 
 class FileSource:
@@ -56,8 +81,11 @@ class FileSource:
         return self._metas[number]
 
     def fingerprint(self) -> str:
-        """Hash of keys, texts and file sizes."""
-        sizes = [(self.root / key).stat().st_size for key in self.keys]
+        """Hash of keys, texts and file sizes. Raises DataError when a file has gone."""
+        try:
+            sizes = [(self.root / key).stat().st_size for key in self.keys]
+        except OSError as error:
+            raise DataError(f"{self.name}: {error.filename}: {error.strerror or error}") from error
         texts = (f"{c}\0{'|'.join(m['captions'])}" for c, m in zip(self.concepts, self._metas, strict=True))
         return fingerprint(self.keys, texts, np.array(sizes))
 
@@ -65,7 +93,8 @@ class FileSource:
 class Joined:
     """Several sources as one, in their order."""
 
-    def __init__(self, parts: Sequence[Any]) -> None:
+    def __init__(self, parts: Sequence[Source]) -> None:
+        """parts: at least one."""
         self.parts = list(parts)
         self.name = ", ".join(part.name for part in parts)
         self.keys = [key for part in parts for key in part.keys]
@@ -82,40 +111,39 @@ class Joined:
     def __getitem__(self, number: int) -> Sample:
         """The sample with this number over all parts."""
         part, inside = self._find(number)
-        sample: Sample = part[inside]
-        return sample
+        return part[inside]
 
     def meta(self, number: int) -> dict[str, Any]:
         """The JSON of a sample without its picture."""
         part, inside = self._find(number)
-        found: dict[str, Any] = part.meta(inside)
-        return found
+        return part.meta(inside)
 
     def fingerprint(self) -> str:
         """Hash of the parts' own."""
         return fingerprint([part.fingerprint() for part in self.parts], [""] * len(self.parts))
 
-    def _find(self, number: int) -> tuple[Any, int]:
+    def _find(self, number: int) -> tuple[Source, int]:
         if not 0 <= number < len(self):
             raise IndexError(number)
         part = int(np.searchsorted(self._ends, number, side="right"))
         return self.parts[part], number - (int(self._ends[part - 1]) if part else 0)
 
 
-def open_source(spec: str | Path | Sequence[str]) -> Any:
+def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
     """Open pictures with texts.
 
     spec: a folder of pictures with ``.txt`` files beside them (a line is a caption), a folder of class
     folders, a CSV or TSV table (columns image and caption; several rows of one image are its captions), JSON
     lines (likewise), tar shards (file, folder, glob, braces, address), a built-in name such as
-    ``human-train``, or several of these in a list or joined by commas.
+    ``human-train`` (or ``builtin:human-train``; `./human-train` for a folder of that name), or several of
+    these in a list or joined by commas. Paths in a table are relative to the table's folder.
 
-    Returns a `Source` that also has `keys`, `concepts` and `meta(number)`. What can't be used is counted in
-    `problems` and reported. Raises DataError when nothing is there, or nothing usable.
+    What can't be used is counted in the source's `problems` and logged. Raises DataError when nothing is
+    there, or nothing usable.
     """
     if isinstance(spec, str | Path):
         text = str(spec)
-        whole = Path(text).exists() or "{" in text or text.startswith("pipe:")
+        whole = "{" in text or text.startswith("pipe:") or os.path.exists(text)
         specs = [text] if whole else [part.strip() for part in text.split(",") if part.strip()]
     else:
         specs = [str(part) for part in spec]
@@ -156,126 +184,122 @@ class Label:
 def labels_table() -> list[Label]:
     """All labelled concepts of the repository's data, in their order."""
     path = data_dir() / "labels.tsv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [Label(row["concept"], row["name"], row["group"], row["flag"] == "1") for row in rows]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: can't be read ({error}); build it with `vlm data build`") from error
+    columns = ["concept", "name", "group", "flag"]
+    if not rows or rows[0] != columns:
+        found = ", ".join(rows[0]) if rows else "an empty file"
+        raise DataError(f"{path}, row 1: expected the columns {', '.join(columns)}, found {found}")
+    labels = []
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != 4 or row[3] not in ("0", "1"):
+            raise DataError(f"{path}, row {number}: expected concept, name, group and 0 or 1, found {row}")
+        labels.append(Label(row[0], row[1], row[2], row[3] == "1"))
+    return labels
 
 
 def _open_one(spec: str) -> Source:
-    if spec in BUILT_IN:
-        folder = data_dir() / ("openmoji" if spec == "unseen-artist" else "")
-        return ShardSource(find_shards(str(folder / f"{spec}-*.tar.gz")), name=spec)
-    path = Path(spec)
-    if path.is_dir():
-        if any(child.name.endswith(ENDINGS) for child in path.iterdir()):
-            return ShardSource(find_shards(spec), name=spec)
-        return _open_folder(path)
+    name = spec.removeprefix("builtin:")
+    if name in BUILT_IN:
+        return _built_in(name)
+    if name != spec:
+        raise DataError(f"{spec}: no such set{nearest(name, BUILT_IN)}, there are {', '.join(BUILT_IN)}")
+    path = Path(spec).expanduser()
+    try:
+        if path.is_dir():
+            if any(child.name.endswith(ENDINGS) for child in path.iterdir()):
+                return ShardSource(find_shards(str(path)), name=spec)
+            return _open_folder(path)
+    except OSError as error:
+        raise DataError(f"{spec}: the folder can't be read ({error.strerror or error})") from error
     if path.suffix.lower() in TABLES:
         return _open_table(path)
-    if spec.endswith(ENDINGS) or any(mark in spec for mark in "{*?") or "://" in spec or spec.startswith("pipe:"):
+    if spec.startswith("pipe:") or "://" in spec:
         return ShardSource(find_shards(spec), name=spec)
-    state = "not a kind of data that is known" if path.exists() else "no such file or folder"
+    if spec.endswith(ENDINGS) or any(mark in spec for mark in "{*?["):
+        return ShardSource(find_shards(str(path)), name=spec)
+    state = "not a kind of data that is known" if os.path.exists(path) else "no such file or folder"
     raise DataError(f"{spec}: {state}{nearest(spec, BUILT_IN)}; expected {ACCEPTED}")
 
 
+def _built_in(name: str) -> ShardSource:
+    folder = data_dir()
+    pattern = f"openmoji/{name}-*.tar*" if name == "unseen-artist" else f"{name}-*.tar*"
+    shards = sorted(str(path) for path in folder.glob(pattern) if path.name.endswith(ENDINGS))
+    if not shards:
+        raise DataError(f"{folder}: no shards {pattern} there; build them with `vlm data build`")
+    return ShardSource(shards, name=name)
+
+
 def _open_folder(folder: Path) -> FileSource:
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    pictures = sorted(path for path in found if not _hidden(path.relative_to(folder)) and path.is_file())
     problems = Problems()
     rows = []
     sidecars = any(picture.with_suffix(".txt").is_file() for picture in pictures)
     for picture in pictures:
         key = picture.relative_to(folder).as_posix()
+        meta: dict[str, Any] | None = None
         if sidecars:
             meta = _sidecar(picture.with_suffix(".txt"), key, problems)
         elif "/" in key:
-            name = key.split("/")[0].replace("_", " ")
-            meta = {"captions": [name], "concept": name, "name": name}
+            name = " ".join(key.split("/")[0].replace("_", " ").split())
+            meta = with_captions({"captions": [name or key.split("/")[0]], "concept": name, "name": name})
         else:
             problems.add("picture without a .txt file beside it", key)
-            meta = None
         if meta is not None:
             rows.append((key, meta))
     return FileSource(str(folder), folder, rows, problems)
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
 def _sidecar(path: Path, key: str, problems: Problems) -> dict[str, Any] | None:
     try:
-        return with_captions({}, path.read_text("utf-8-sig").splitlines())
+        lines = path.read_text("utf-8-sig").splitlines()
+        return with_captions({}, lines, report=lambda reason: problems.add(reason, key))
     except FileNotFoundError:
         problems.add("picture without a .txt file beside it", key)
     except (OSError, UnicodeDecodeError):
-        problems.add("text that can't be read", path.name)
+        problems.add("text that can't be read", f"{key}: its .txt file")
     except ValueError:
-        problems.add("empty text", path.name)
+        problems.add("no caption", f"{key}: its .txt file is empty")
     return None
 
 
 def _open_table(path: Path) -> FileSource:
     problems = Problems()
     merged: dict[str, dict[str, Any]] = {}
-    for number, row in _table_rows(path, problems):
+    for number, row in table_rows(path, problems):
         where = f"{path.name}, row {number}"
-        image = str(row.pop("image") or "").strip()
-        if not image or not (path.parent / image).is_file():
+        named = row.pop("image")
+        image = posixpath.normpath(named.strip()) if isinstance(named, str) and named.strip() else ""
+        if not image or not os.path.isfile(path.parent / image):
             problems.add("picture isn't there", f"{where}: {image or 'no name'}")
             continue
-        try:
-            meta = with_captions(row)
-        except ValueError:
-            problems.add("no caption", where)
+        meta = _row_meta(row, where, problems)
+        if meta is None:
             continue
         known = merged.setdefault(image, meta)
         if known is not meta:
-            known["captions"] = list(dict.fromkeys([*known["captions"], *meta["captions"]]))
+            fresh = [caption for caption in meta["captions"] if caption not in known["captions"]]
+            if len(fresh) < len(meta["captions"]):
+                problems.add("same caption twice for one picture, kept once", where)
+            known["captions"] += fresh
     return FileSource(str(path), path.parent, list(merged.items()), problems)
 
 
-def _table_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row number (the file's line) and values, the picture's column named ``image``."""
+def _row_meta(row: dict[str, Any], where: str, problems: Problems) -> dict[str, Any] | None:
     try:
-        file = path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror or error})") from error
-    with file:
-        try:
-            if path.suffix.lower() in (".csv", ".tsv"):
-                yield from _csv_rows(path, file)
-            else:
-                yield from _json_rows(path, file, problems)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error})") from error
-        except csv.Error as error:
-            raise DataError(f"{path}: not a table ({error})") from error
-
-
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    columns = [name.strip() for name in reader.fieldnames or []]
-    reader.fieldnames = [name.lower() for name in columns]
-    image = _column(path, reader.fieldnames, IMAGE_COLUMNS)
-    _column(path, reader.fieldnames, CAPTION_COLUMNS)
-    for row in reader:
-        values = {key: value for key, value in row.items() if key is not None}
-        yield reader.line_num, {**values, "image": values.get(image)}
-
-
-def _json_rows(path: Path, file: Iterable[str], problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            problems.add("not a JSON object", f"{path.name}, row {number}")
-            continue
-        image = next((row[name] for name in IMAGE_COLUMNS if name in row), None)
-        yield number, {**row, "image": image}
-
-
-def _column(path: Path, found: Sequence[str], wanted: Sequence[str]) -> str:
-    for name in wanted:
-        if name in found:
-            return name
-    raise DataError(f"{path}: expected a column named {' or '.join(wanted)}, found {', '.join(found) or 'no columns'}")
+        meta = with_captions(row, report=lambda reason: problems.add(reason, where))
+    except ValueError:
+        problems.add("no caption", where)
+        return None
+    if isinstance(meta.get("tags"), str):  # a table's cell
+        meta["tags"] = [tag.strip() for tag in meta["tags"].split(",") if tag.strip()]
+    return meta
