@@ -10,7 +10,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,9 @@ class Checkpoints:
             problem = str(error)
         self._agree(problem, temporary)
         try:
-            state = _state(network, optimizer, average)
-            dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.here.count == 1)
+            with _alone(self.here):
+                state = _state(network, optimizer, average)
+                dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.here.count == 1)
         except Exception as error:  # the planner wraps whatever any rank met
             problem = str(error) or type(error).__name__
         self._agree(problem, temporary)
@@ -120,7 +122,8 @@ class Checkpoints:
         try:
             position = Position(**json.loads((folder / "trainer.json").read_text("utf-8")))
             state = _state(network, optimizer, average)
-            dcp.load(state, checkpoint_id=folder / "state", no_dist=self.here.count == 1)
+            with _alone(self.here):
+                dcp.load(state, checkpoint_id=folder / "state", no_dist=self.here.count == 1)
         except Exception as error:
             raise TrainingError(
                 f"{folder}: the checkpoint can't be read into this configuration ({error}). Resume with the "
@@ -168,6 +171,15 @@ class Checkpoints:
             f"{temporary.parent}: the checkpoint can't be written ({problems[0]}); {left}. "
             "Free space or choose another --out, then go on with --resume."
         )
+
+
+@contextlib.contextmanager
+def _alone(here: Ranks) -> Iterator[None]:
+    """One rank is meant, so torch's remark that there is no process group says nothing."""
+    with warnings.catch_warnings():
+        if here.count == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def full_state(network: nn.Module, average: WeightAverage | None) -> dict[str, Tensor]:
