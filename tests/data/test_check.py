@@ -55,7 +55,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 def hostile(folder: Path) -> Path:
     """Whole and broken pictures, a row each."""
-    frames = [Image.new("P", (9, 9), i) for i in (1, 5, 7)]
+    frames = [noise(9, 9).convert("L") for _ in range(3)]
     jpeg = encoded(noise(64, 48), "JPEG")
     gif = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=50)
     files: dict[str, bytes] = {
@@ -63,7 +63,7 @@ def hostile(folder: Path) -> Path:
         "dot.png": encoded(Image.new("RGB", (1, 1)), "PNG"),
         "cmyk.jpg": encoded(Image.new("CMYK", (12, 8), (9, 8, 7, 6)), "JPEG"),
         "moves.gif": gif,
-        "cut-later.gif": gif[:-12],
+        "cut-later.gif": gif[: len(gif) // 2],
         "cut.jpg": jpeg[: len(jpeg) // 2],
         "bomb.png": bomb(),
         "empty.png": b"",
@@ -91,7 +91,7 @@ def test_hostile_pictures(tmp_path: Path, workers: int) -> None:
     assert report.widths == Spread(1, 9, 26.4, 30) and (report.heights.min, report.heights.max) == (1, 20)
     assert seen == [(i, 9) for i in range(1, 10)]
     text = report.text()
-    assert "not whole" in text and "bomb.png: 20,000 x 20,000 pixels" in text and "CC0 9" in text
+    assert "not whole" in text and "bomb.png: more pixels than the limit" in text and "CC0 9" in text
 
 
 def table(folder: Path, rows: list[tuple[bytes, list[str]]]) -> Path:

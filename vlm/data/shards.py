@@ -6,38 +6,20 @@ import glob
 import gzip
 import io
 import json
-import logging
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from vlm.data.cache import LocalTar, cache_dir, is_remote, local_tar, write_atomically
+from vlm.data.cache import is_remote, local_tar, write_atomically
 from vlm.data.images import SUFFIXES
-from vlm.data.samples import Problems, Sample, caption_length, fingerprint, parse_json, with_captions
+from vlm.data.samples import Problems, Sample, fingerprint, with_captions
+from vlm.data.tar_index import index_shard, read_meta, read_piece
 from vlm.errors import DataError
 
-logger = logging.getLogger("vlm.data")
-
-INDEX_VERSION = 2
 ENDINGS = (".tar", ".tar.gz", ".tgz")
-MAX_JSON = 16 << 20
-Piece = tuple[int, int]  # offset and size in the tar; (-1, 0) where there is none
-NOTHING: Piece = (-1, 0)
-
-
-@dataclass
-class Index:
-    """Where each whole sample of one shard lies, and what was skipped."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """key, image, json, text (pieces), length (caption characters), concept."""
-
-    problems: Problems = field(default_factory=Problems)
 
 
 class ShardSource:
@@ -79,8 +61,8 @@ class ShardSource:
         key = self.keys[number]
         try:
             with self._paths[shard].open("rb") as file:
-                image = _read_piece(file, (image_at, image_size))
-                meta = _read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]))
+                image = read_piece(file, (image_at, image_size))
+                meta = read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]))
         except (OSError, ValueError) as error:
             raise DataError(f"{self.places[shard]}: sample {key} can't be read ({error})") from error
         return Sample(key, image, meta)
@@ -90,7 +72,7 @@ class ShardSource:
         shard, _, _, *rest = self._pieces[number].tolist()
         try:
             with self._paths[shard].open("rb") as file:
-                return _read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]))
+                return read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]))
         except (OSError, ValueError) as error:
             raise DataError(f"{self.places[shard]}: {self.keys[number]} can't be read ({error})") from error
 
@@ -136,147 +118,6 @@ def shard_label(place: str) -> str:
     for ending in (".tar.gz", ".tgz", ".tar"):
         label = label.removesuffix(ending)
     return label
-
-
-def index_shard(tar: LocalTar, label: str) -> Index:
-    """The index of a shard, from the cache when it is there; one sequential pass otherwise.
-
-    label: how problems call the shard. Raises DataError when the file isn't a tar at all.
-    """
-    stored = cache_dir() / "index" / f"{tar.identity[:40]}-{INDEX_VERSION}.json"
-    try:
-        saved = json.loads(stored.read_text("utf-8"))
-        return Index(saved["rows"], Problems.from_dict(saved["problems"]))
-    except FileNotFoundError:
-        index = _scan(tar, label)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.info("the index of %s is made again: %s", label, error)
-        index = _scan(tar, label)
-    content = json.dumps({"rows": index.rows, "problems": index.problems.as_dict()}).encode("utf-8")
-    try:
-        write_atomically(stored, lambda file: file.write(content))
-    except DataError as error:
-        logger.warning("the index of %s isn't kept: %s", label, error)
-    return index
-
-
-def _stored_index(path: Path) -> Index | None:
-    if not path.is_file():
-        return None
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        return Index(saved["rows"], Problems.from_dict(saved["problems"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.info("%s is made anew (%s)", path, error)
-        return None
-
-
-def _scan(tar: LocalTar, label: str) -> Index:
-    index = Index()
-    if tar.problem:
-        index.problems.add("damaged shard, its readable part is used", f"{label} ({tar.problem})")
-    with tar.path.open("rb") as file:
-        key = ""
-        members: dict[str, Piece] = {}
-        seen: set[str] = set()
-        for prefix, suffix, piece in _members(file, label, index.problems):
-            if prefix != key:
-                _finish(file, label, key, members, index, seen)
-                key, members = prefix, {}
-            if suffix in members:
-                index.problems.add("member twice in one sample, the first is used", f"{label}/{key}.{suffix}")
-            members.setdefault(suffix, piece)
-        _finish(file, label, key, members, index, seen)
-    return index
-
-
-def _members(file: BinaryIO, label: str, problems: Problems) -> Iterator[tuple[str, str, Piece]]:
-    """Key, ending and place of each whole member, by webdataset's own rule for splitting names."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    damaged, end = "damaged shard, its readable part is used", 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                end = member.offset_data + member.size
-                if member.isreg() and end > size:
-                    problems.add(damaged, f"{label} (ends inside {member.name})")
-                    return
-                prefix, suffix = base_plus_ext(member.name.encode("utf-8", "replace").decode("utf-8"))
-                if member.isreg() and prefix and not prefix.rsplit("/", 1)[-1].startswith("__"):
-                    yield prefix, suffix.lower(), (member.offset_data, member.size)
-            end = archive.offset  # where the next header would be
-    except tarfile.ReadError as error:
-        if not end:
-            raise DataError(f"{label}: not a tar archive, or its first bytes are damaged ({error})") from error
-        problems.add(damaged, f"{label} ({error})")
-        return
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        problems.add(damaged, f"{label} ({error})")
-        return
-    # tarfile takes a damaged header and a cut at a block's edge for the end; a whole archive ends in zeros.
-    file.seek(max(0, min(end, size) - 512))
-    if file.read(1536).strip(b"\0") and not _ends_in_zeros(file, end):
-        problems.add(damaged, f"{label} (no end mark: it was cut, or damaged at byte {end:,})")
-
-
-def _ends_in_zeros(file: BinaryIO, end: int) -> bool:
-    for start in (end - 512, end):
-        if start >= 0:
-            file.seek(start)
-            block = file.read(512)
-            if len(block) == 512 and not block.strip(b"\0"):
-                return True
-    return False
-
-
-def _finish(file: BinaryIO, label: str, key: str, members: dict[str, Piece], index: Index, seen: set[str]) -> None:
-    """Add the sample of these members to the index and its key to `seen`, or say why it can't be used."""
-    if not members:
-        return
-    where = f"{label}/{key}"
-    if key in seen:
-        index.problems.add("key of an earlier sample, the first is used", where)
-        return
-    seen.add(key)
-    pictures = [piece for suffix, piece in members.items() if f".{suffix}" in SUFFIXES]
-    described = members.get("json", NOTHING)
-    text = members.get("txt", NOTHING)
-    if not pictures:
-        index.problems.add("no picture", where)
-        return
-    if described == NOTHING and text == NOTHING:
-        index.problems.add("picture without JSON or text", where)
-        return
-    back = file.tell()
-    try:
-        meta = _read_meta(file, described, text, report=lambda reason: index.problems.add(reason, where))
-    except ValueError as error:
-        reason = "no caption" if str(error) == "no caption" else "JSON or text can't be read"
-        index.problems.add(reason, where)
-        return
-    finally:
-        file.seek(back)
-    row = {"key": key, "image": pictures[0], "json": described, "text": text}
-    index.rows.append({**row, "length": caption_length(meta), "concept": str(meta.get("concept") or "")})
-
-
-def _read_piece(file: BinaryIO, piece: Piece) -> bytes:
-    file.seek(piece[0])
-    content = file.read(piece[1])
-    if len(content) != piece[1]:
-        raise ValueError("the shard is shorter than when it was indexed")
-    return content
-
-
-def _read_meta(
-    file: BinaryIO, described: Piece, text: Piece, report: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    if max(described[1], text[1]) > MAX_JSON:
-        raise ValueError("JSON or text is too long")
-    meta = parse_json(_read_piece(file, described)) if described[0] >= 0 else {}
-    lines = _read_piece(file, text).decode("utf-8-sig").splitlines() if text[0] >= 0 else []
-    return with_captions(meta, lines, report=report)
 
 
 class ShardWriter:
