@@ -118,7 +118,7 @@ def test_texts_twins_and_counts(tmp_path: Path) -> None:
     assert report.tokens.min == 3 and report.tokens.median == 4
     assert report.tokens.max == 102  # "unbelievable" is one token; far over the tokenizer's usual 64
     assert report.identical == [["0.png", "2.png", "4.png"]]
-    assert report.shared_captions == {"a dog": 2, "a cat": 2, "bird": 2}
+    assert report.shared_captions == {"A dog.": 2, "a cat": 2, "bird": 2}
     assert report.problems.counts == {"same caption twice for one picture, kept once": 1}
     assert not report.ok and report.licences == {"not given": 5}
     assert report.bytes == sum(len(content) for content, _ in rows)

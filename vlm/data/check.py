@@ -80,7 +80,8 @@ class Report:
     identical: list[list[str]] = field(default_factory=list)
     """Keys of pictures with the same bytes, a list for each set of them."""
     shared_captions: dict[str, int] = field(default_factory=dict)
-    """Captions that stand at several pictures and at how many, the commonest first; blind to case."""
+    """Captions that stand at several pictures and at how many, the commonest first; blind to case, so in one
+    of their spellings."""
     captions: int = 0
     captions_per_picture: Spread = field(default_factory=lambda: Spread.of([]))
     characters: Spread = field(default_factory=lambda: Spread.of([]))
@@ -250,25 +251,25 @@ def _check_texts(source: Source, report: Report) -> None:
     counts: list[int] = []
     licences: Counter[str] = Counter()
     pictures: Counter[int] = Counter()
-    first: dict[int, str] = {}
+    shared: dict[int, str] = {}
     for start in range(0, len(source), 1024):
         texts: list[str] = []
-        for number in range(start, min(start + 1024, len(source))):
-            meta = source.meta(number)
+        for place in range(start, min(start + 1024, len(source))):
+            meta = source.meta(place)
             counts.append(len(meta["captions"]))
             licences[str(meta.get("licence") or meta.get("license") or "not given")] += 1
-            pictures.update({caption_id(caption) for caption in meta["captions"]})
+            own = {caption_id(caption): caption for caption in meta["captions"]}
+            pictures.update(own.keys())
+            shared |= {number: text for number, text in own.items() if number not in shared and pictures[number] > 1}
             texts += meta["captions"]
-        for text in texts:
-            first.setdefault(caption_id(text), text)
         characters += map(len, texts)
         tokens += _token_counts(tokenizer, texts)
     report.captions = len(characters)
     report.characters, report.tokens = Spread.of(characters), Spread.of(tokens)
     report.captions_per_picture = Spread.of(counts)
     report.licences = dict(licences.most_common())
-    shared = ((first[number], count) for number, count in pictures.most_common() if count > 1)
-    report.shared_captions = dict(shared)
+    counted = sorted(((pictures[number], text) for number, text in shared.items()), key=lambda pair: -pair[0])
+    report.shared_captions = {text: count for count, text in counted}
 
 
 def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:

@@ -89,7 +89,12 @@ def _members(file: BinaryIO, label: str, problems: Problems) -> Iterator[tuple[s
                     problems.add(damaged, f"{label} (ends inside {member.name})")
                     return
                 prefix, suffix = base_plus_ext(member.name.encode("utf-8", "replace").decode("utf-8"))
-                if member.isreg() and prefix and not prefix.rsplit("/", 1)[-1].startswith("__"):
+                if (
+                    member.isreg()
+                    and not member.issparse()
+                    and prefix
+                    and not prefix.rsplit("/", 1)[-1].startswith("__")
+                ):
                     yield prefix, suffix.lower(), (member.offset_data, member.size)
             end = archive.offset  # where the next header would be
     except tarfile.ReadError as error:
