@@ -23,30 +23,49 @@ app.command()(models.models)
 app.command()(models.export)
 app.command()(models.demo)
 
+INTERRUPTED = 130
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from vlm import __version__
 
         typer.echo(__version__)
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Options before any command."""
+
+
 def main() -> None:
     """Run a command; an error that the user can mend is shown without a traceback, exit status 2."""
     from vlm.errors import VlmError
 
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name or a label may hold letters that the terminal lacks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except VlmError as error:
         typer.echo(f"vlm: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("vlm: stopped; what was written is intact", err=True)
-        sys.exit(130)
+    except Exception as error:
+        # By name, since torch may not be loaded.
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+            raise
+        typer.echo(f"vlm: out of memory ({str(error)[:200]}); try a smaller batch size or --device cpu", err=True)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("vlm: stopped; what was written is intact", err=True)
+        raise
 
 
 if __name__ == "__main__":

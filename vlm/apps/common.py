@@ -11,26 +11,37 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, WeightsError
 
+DEFAULT_MODEL = "tiny-clip"
 Model = Annotated[str, typer.Option("--model", "-m", help="Shipped name, folder, repo id, open_clip:ARCH/TAG, file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Templates = Annotated[
-    str, typer.Option("--templates", help="none, single, drawing, drawings, imagenet, a file, or a sentence with {}.")
+    str,
+    typer.Option(
+        "--templates", help="auto, none, single, drawing, drawings, simple, imagenet, a file, or a sentence with {}."
+    ),
 ]
+LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="A file with one label a line.")]
 
 
 def load_model(name: str, device: str) -> Any:
     """The model on its device."""
-    from vlm.weights.load import load
+    from vlm.weights.load import load, shipped
 
+    if name == DEFAULT_MODEL and not Path(name).exists() and name not in shipped():
+        raise WeightsError(
+            f"{name} isn't in this checkout; train it with `vlm train clip --config tiny --out runs/{name}` and give "
+            f"`--model runs/{name}`, or name another model (`vlm models` says which)"
+        )
     return load(name, device=None if device == "auto" else device)
 
 
 def read_labels(labels: str, labels_file: Path | None) -> list[str]:
     """Labels from ``a,b,c`` or from a file with one a line. Raises ConfigError unless exactly one is given."""
     if bool(labels.strip()) == (labels_file is not None):
-        raise ConfigError("name the labels with --labels cat,dog or with --labels-file FILE (one a line), not both")
+        problem = "both were given" if labels_file else "none were given"
+        raise ConfigError(f"labels: {problem}; name them with --labels cat,dog or --labels-file FILE (one a line)")
     if labels_file is None:
         return [part.strip() for part in labels.split(",")]
     return read_lines(labels_file, "labels")
@@ -40,54 +51,83 @@ def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file that aren't blank. Raises DataError when it can't be read or holds none."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the {what} can't be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: the {what} can't be read, expected UTF-8 text with one a line") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or error
+        raise DataError(f"{path}: the {what} can't be read ({reason})") from error
     if not lines:
-        raise DataError(f"{path}: holds no {what}")
+        raise DataError(f"{path}: holds no {what}; write one a line")
     return lines
 
 
 def read_templates(templates: str) -> str | list[str]:
-    """A set's name or a sentence as it is; the lines of a file where one has that name."""
-    path = Path(templates)
-    return read_lines(path, "templates") if "{" not in templates and path.is_file() else templates
+    """A set's name or a sentence as it is; else the lines of a file, where one has that name."""
+    from vlm.tasks.templates import NAMES, resolve_templates
+
+    if templates not in NAMES and "{" not in templates and Path(templates).is_file():
+        lines = read_lines(Path(templates), "templates")
+        resolve_templates(lines)
+        return lines
+    resolve_templates(templates)
+    return templates
 
 
 def find_pictures(places: Sequence[str]) -> list[str]:
-    """Files named by paths, folders (recursive), globs, or ``-`` for a list on standard input.
+    """Files named by paths, folders (recursive), globs, or ``-`` for a list on standard input; each once.
 
-    A path that isn't there stays in the list, so that it is reported. Raises DataError when nothing is named.
+    A path that isn't there stays in the list, so that it is reported. Raises DataError for a folder or a glob
+    without pictures, and when nothing is named.
     """
     from vlm.data.images import SUFFIXES
 
     found: list[str] = []
     for place in places:
         if place == "-":
-            found += [line.strip() for line in sys.stdin if line.strip()]
-        elif Path(place).is_dir():
-            found += [str(p) for p in sorted(Path(place).rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-        elif glob.has_magic(place) and not Path(place).exists():
-            found += sorted(glob.glob(place, recursive=True))
+            here = [line.strip() for line in sys.stdin if line.strip()]
+            expected = "standard input: no paths there, expected one a line"
+        elif os.path.isdir(place):
+            inside = sorted(Path(place).rglob("*"))
+            here = [str(path) for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
+            expected = f"{place}: no pictures in this folder, expected files such as .png, .jpg or .webp"
+        elif glob.has_magic(place) and not os.path.exists(place):
+            here = sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path))
+            expected = f"{place}: no file matches"
         else:
-            found.append(place)
+            here, expected = [place], ""
+        if not here:
+            raise DataError(expected)
+        found += here
     if not found:
-        raise DataError(f"no pictures in {', '.join(places)}; name files, folders or globs, or - for a list on stdin")
-    return found
+        raise DataError("no pictures were named; give files, folders or globs, or - for a list on standard input")
+    return list(dict.fromkeys(found))
 
 
 def write_text(text: str, output: Path | None) -> None:
-    """To a file, which appears whole, or to the terminal."""
+    """To a file, which appears whole, or to the terminal. Raises DataError when it can't be written."""
     if output is None:
         typer.echo(text, nl=not text.endswith("\n"))
         return
     temporary = output.with_name(f".tmp-{output.name}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, "utf-8")
+        # As on the terminal: a file's name may hold bytes that aren't letters.
+        temporary.write_text(text, "utf-8", errors="backslashreplace")
         os.replace(temporary, output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise DataError(f"{output}: can't be written ({error.strerror or error})") from error
+
+
+def check_output(output: Path | None, *, folder: bool = False) -> None:
+    """Raises ConfigError when results could not be written there, before the work is done."""
+    if output is None or not output.exists():
+        return
+    if folder and not output.is_dir():
+        raise ConfigError(f"{output}: is a file, expected a folder to write into")
+    if not folder and output.is_dir():
+        raise ConfigError(f"{output}: is a folder, expected a file to write")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

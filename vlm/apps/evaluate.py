@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from vlm.apps.common import (
+    DEFAULT_MODEL,
     Device,
     Model,
     Templates,
+    check_output,
     load_model,
     log_warnings,
     percent,
@@ -26,51 +28,62 @@ app = typer.Typer(help="Measure a model on a data set.", no_args_is_help=True)
 
 Data = Annotated[str, typer.Option("--data", "-d", help="Shards, folder, table, ImageFolder or a built-in name.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and its companions.")]
-LabelsFile = Annotated[
-    Path | None, typer.Option("--labels-file", help="Labels, one a line; else all emoji names, or the data's own.")
+LabelsFrom = Annotated[
+    str,
+    typer.Option(
+        "--labels-from",
+        help="emoji (all names of labels.tsv), data (the data's own names), a file, or auto.",
+    ),
 ]
+TopK = Annotated[str, typer.Option("--top-k", "-k", help="How many labels count as found, joined by commas.")]
 NoFlags = Annotated[bool, typer.Option("--no-flags", help="Leave the pictures of flags out (not their labels).")]
 
 
 @app.command("zero-shot")
 def zero_shot(
     data: Data,
-    model: Model = "tiny-clip",
-    labels_file: LabelsFile = None,
-    templates: Templates = "none",
+    model: Model = DEFAULT_MODEL,
+    labels_from: LabelsFrom = "auto",
+    templates: Templates = "auto",
+    top_k: TopK = "1,5",
     no_flags: NoFlags = False,
     out: Out = None,
     device: Device = "auto",
 ) -> None:
-    """Top-1 and top-5 of zero-shot classification, per class, and a picture of what is taken for what."""
+    """Top-k of zero-shot classification, per class, and a picture of what is taken for what."""
     from vlm.tasks.confusion import confusion_picture
     from vlm.tasks.evaluate import evaluate_zero_shot
 
     log_warnings()
-    source, labels, keep = _task(data, labels_file, no_flags)
+    check_output(out, folder=True)
+    depths, sentences = _depths(top_k), read_templates(templates)
+    source, labels, keep = _task(data, labels_from, no_flags)
     report = evaluate_zero_shot(
-        load_model(model, device), source, labels, templates=read_templates(templates), keep=keep
+        load_model(model, device), source, labels, templates=sentences, depths=depths, keep=keep
     )
     rows = [(f"top-{k}", percent(figure), f"{100 * figure.chance:.2f}") for k, figure in report.top.items()]
     typer.echo(f"{report.model} on {report.data}: {len(report.truth)} pictures, {len(report.labels)} labels")
+    for reason, count in report.left_out.items():
+        if count:
+            typer.echo(f"not counted: {count} ({reason})")
     typer.echo(table(["measure", "% [95 % interval]", "chance %"], rows))
     if out is not None:
-        _write_json(out / "report.json", report.as_dict() | {"templates": templates, "flags": not no_flags})
+        _write_json(out / "report.json", report.as_dict() | {"template_set": templates, "flags": not no_flags})
         classes = report.per_class()
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(classes[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(classes)
         write_text(buffer.getvalue(), out / "per_class.csv")
-        confusion_picture(report.labels, report.truth, report.predicted, source, out / "confusion.png")
+        confusion_picture(report.labels, report.truth, report.predicted, out / "confusion.png", title=report.data)
 
 
 @app.command()
 def retrieval(
     data: Data,
-    model: Model = "tiny-clip",
+    model: Model = DEFAULT_MODEL,
     distractors: Annotated[str, typer.Option(help="More pictures to fill the gallery, never asked for.")] = "",
-    gallery: Annotated[int, typer.Option(help="Pictures and texts that a query is searched among.")] = 500,
+    gallery: Annotated[int, typer.Option(min=2, help="Pictures and texts that a query is searched among.")] = 500,
     seed: Annotated[int, typer.Option(help="Draws the galleries and the bootstrap.")] = 0,
     out: Out = None,
     device: Device = "auto",
@@ -80,10 +93,10 @@ def retrieval(
     from vlm.tasks.retrieval import evaluate_retrieval
 
     log_warnings()
+    check_output(out, folder=True)
+    source = open_source(data)
     more = open_source(distractors) if distractors else None
-    report = evaluate_retrieval(
-        load_model(model, device), open_source(data), distractors=more, gallery=gallery, seed=seed
-    )
+    report = evaluate_retrieval(load_model(model, device), source, distractors=more, gallery=gallery, seed=seed)
     rows = [
         (way.replace("_", " "), f"R@{k}", percent(figure), f"{100 * figure.chance:.2f}")
         for way, at in report.recall.items()
@@ -93,6 +106,8 @@ def retrieval(
         f"{report.model} on {report.data}: {report.queries} queries each way, "
         f"{report.galleries} galleries of {report.gallery}"
     )
+    if report.gallery < gallery:
+        typer.echo(f"the data fills no gallery of {gallery}; --distractors adds pictures to search among", err=True)
     typer.echo(table(["direction", "measure", "% [95 % interval]", "chance %"], rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict() | {"distractors": distractors, "seed": seed})
@@ -101,51 +116,71 @@ def retrieval(
 @app.command()
 def prompts(
     data: Data,
-    model: Model = "tiny-clip",
-    labels_file: LabelsFile = None,
+    model: Model = DEFAULT_MODEL,
+    labels_from: LabelsFrom = "auto",
     sets: Annotated[str, typer.Option(help="Template sets joined by commas; the first is compared with.")] = (
         "none,drawing,drawings,imagenet"
     ),
+    top_k: TopK = "1,5",
     no_flags: NoFlags = False,
     out: Out = None,
     device: Device = "auto",
 ) -> None:
     """Bare label, one template and ensembles of them, with the paired difference from the first."""
     from vlm.tasks.evaluate import compare_templates
+    from vlm.tasks.templates import resolve_templates
 
     log_warnings()
-    source, labels, keep = _task(data, labels_file, no_flags)
-    names = [name.strip() for name in sets.split(",") if name.strip()]
-    found = compare_templates(load_model(model, device), source, labels, names, keep=keep)
-    rows = []
-    for row in found:
-        cells: list[Any] = [row["templates"], row["count"]]
-        for k in (1, 5):
+    check_output(out, folder=True)
+    depths = _depths(top_k)
+    names = list(dict.fromkeys(name.strip() for name in sets.split(",") if name.strip()))
+    for name in names:
+        resolve_templates(name)
+    source, labels, keep = _task(data, labels_from, no_flags)
+    loaded = load_model(model, device)
+    found = compare_templates(loaded, source, labels, names, depths=depths, keep=keep)
+    header, rows = ["templates", "count"], [[row["templates"], row["count"]] for row in found]
+    for k in depths:
+        header += [f"top-{k} %", f"against {names[0]}"]
+        for cells, row in zip(rows, found, strict=True):
             cells += [_interval(row[f"top-{k}"]), _interval(row[f"top-{k} against {names[0]}"])]
-        rows.append(cells)
-    header = ["templates", "count", "top-1 %", f"against {names[0]}", "top-5 %", f"against {names[0]}"]
     typer.echo(table(header, rows))
     if out is not None:
-        _write_json(out / "report.json", {"model": model, "data": data, "rows": found})
+        values = {"model": loaded.name, "data": source.name, "flags": not no_flags, "rows": found}
+        _write_json(out / "report.json", values)
 
 
-def _task(data: str, labels_file: Path | None, no_flags: bool) -> tuple[Any, Any, list[str] | None]:
+def _depths(text: str) -> list[int]:
+    """``1,5`` as numbers, each once, smallest first."""
+    from vlm.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--top-k {text!r}: expected numbers of at least 1 joined by commas, such as 1,5")
+    return sorted({int(part) for part in parts})
+
+
+def _task(data: str, labels_from: str, no_flags: bool) -> tuple[Any, Any, list[str] | None]:
     """Source, labels, and the concepts that count (None for all)."""
     from vlm.apps.common import read_lines
     from vlm.data.sources import labels_table, open_source
+    from vlm.errors import ConfigError
 
     source = open_source(data)
-    if labels_file is not None:
-        return source, read_lines(labels_file, "labels"), None
-    emoji = "emoji" in source.meta(0)
+    metas = [source.meta(number) for number in range(len(source))]
+    emoji = all("emoji" in meta for meta in metas)
+    labels: Any
+    if labels_from == "emoji" or (labels_from == "auto" and emoji):
+        labels = labels_table()
+    elif labels_from in ("auto", "data"):
+        labels = list(dict.fromkeys(" ".join(str(meta.get("name") or meta["captions"][0]).split()) for meta in metas))
+    else:
+        labels = read_lines(Path(labels_from), "labels")
+    if not no_flags:
+        return source, labels, None
     if not emoji:
-        names = dict.fromkeys(
-            str(source.meta(i).get("name") or source.meta(i)["captions"][0]) for i in range(len(source))
-        )
-        return source, list(names), None
-    labels = labels_table()
-    keep = [label.concept for label in labels if not label.flag] if no_flags else None
-    return source, labels, keep
+        raise ConfigError(f"--no-flags: {source.name} isn't an emoji set, so it has no flags to leave out; drop it")
+    return source, labels, [label.concept for label in labels_table() if not label.flag]
 
 
 def _interval(found: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps.common import Device, Model, load_model
+from vlm.apps.common import DEFAULT_MODEL, Device, LabelsFile, Model, check_output, load_model
 
 
 def models() -> None:
@@ -24,7 +24,7 @@ def models() -> None:
 
 def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    model: Model = "tiny-clip",
+    model: Model = DEFAULT_MODEL,
     to: Annotated[str, typer.Option("--to", help="vlm, hf (transformers' CLIPModel) or open_clip.")] = "hf",
     device: Device = "cpu",
 ) -> None:
@@ -35,6 +35,7 @@ def export(
     kinds = ("vlm", "hf", "open_clip")
     if to not in kinds:
         raise ConfigError(f"--to {to!r}{nearest(to, kinds)}: expected one of {', '.join(kinds)}")
+    check_output(out, folder=True)
     loaded = load_model(model, device)
     if to == "vlm":
         loaded.save(out)
@@ -45,26 +46,23 @@ def export(
 
 def demo(
     pictures: Annotated[list[str] | None, typer.Argument(help="Pictures; the repository's examples if none.")] = None,
-    labels_file: Annotated[Path | None, typer.Option("--labels-file", help="One label a line.")] = None,
-    model: Model = "tiny-clip",
+    labels_file: LabelsFile = None,
+    model: Model = DEFAULT_MODEL,
     device: Device = "cpu",
 ) -> None:
     """Classify the repository's example pictures, zero-shot, with the model that ships."""
-    from vlm.apps.classify import as_table, predictions
-    from vlm.apps.common import find_pictures, read_lines
+    from vlm.apps.classify import as_table, finish, predictions
+    from vlm.apps.common import find_pictures, read_lines, write_text
     from vlm.data.sources import data_dir
     from vlm.tasks.zero_shot import ZeroShotClassifier
 
-    examples = data_dir() / "examples"
-    labels = read_lines(labels_file or examples / "labels.txt", "labels")
+    labels = read_lines(labels_file or data_dir() / "examples" / "labels.txt", "labels")
+    found = find_pictures(pictures or [str(data_dir() / "examples")])
     loaded = load_model(model, device)
     classifier = ZeroShotClassifier(loaded, labels, "drawings")
+    typer.echo(f"{loaded.name} on {len(found)} pictures, zero-shot, among {len(labels)} labels:\n")
     failed: list[str] = []
-    found = find_pictures(pictures or [str(examples)])
-    typer.echo(f"{loaded.name} on {len(found)} pictures that it never saw, among {len(labels)} labels:\n")
-    typer.echo(as_table(list(predictions(classifier, found, 3, failed))))
-    for message in failed:
-        typer.echo(f"skipped: {message}", err=True)
-    typer.echo("Try your own: vlm classify PICTURE --labels 'cat,dog,red apple'")
-    if failed:
-        raise typer.Exit(1)
+    for part in as_table(predictions(classifier, found, 3, failed)):
+        write_text(part, None)
+    finish(failed, len(found))
+    typer.echo("\nTry your own: vlm classify PICTURE --labels 'cat,dog,red apple'")

@@ -1,4 +1,4 @@
-"""A picture of what is taken for what: the most frequent mistakes, with an example of each."""
+"""A picture of what is taken for what: the whole matrix for few labels, the most frequent mistakes for many."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm.errors import DataError
 
-ROW, LEFT, BAR = 22, 520, 260
+ROW, LEFT, BAR, SIDE = 22, 520, 260, 26
+MATRIX, LETTERS = 40, 28
+"""Most labels that are drawn as a matrix, and letters of a label there."""
 
 
 def confusions(truth: np.ndarray, predicted: np.ndarray, most: int = 30) -> list[tuple[int, int, int, float]]:
@@ -25,17 +26,17 @@ def confusions(truth: np.ndarray, predicted: np.ndarray, most: int = 30) -> list
 
 
 def confusion_picture(
-    labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, source: Any, path: Path, *, most: int = 30
+    labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, path: Path, *, title: str = "", most: int = 30
 ) -> None:
     """Write a PNG: with few labels the whole matrix, with many the most frequent mistakes as bars.
 
     labels: words. truth, predicted: (N,) label numbers. Raises DataError when the file can't be written.
     """
-    present = sorted(set(truth.tolist()))
+    seen = sorted(set(truth.tolist()) | set(predicted.tolist()))
     image = (
-        _matrix(labels, truth, predicted, present)
-        if len(present) <= 40
-        else _bars(labels, confusions(truth, predicted, most), getattr(source, "name", ""))
+        _matrix(labels, truth, predicted, seen)
+        if len(seen) <= MATRIX
+        else _bars(labels, confusions(truth, predicted, most), title)
     )
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -43,41 +44,47 @@ def confusion_picture(
         image.save(temporary, "PNG")
         os.replace(temporary, path)
     except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
         raise DataError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
-def _matrix(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, present: list[int]) -> Image.Image:
+def _matrix(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, seen: list[int]) -> Image.Image:
+    """Rows are true labels, columns what they were taken for; a cell's shade is its share of the row."""
     font = ImageFont.load_default(13)
-    side, margin = 26, 12 + max(int(font.getlength(labels[number])) for number in present)
-    image = Image.new("RGB", (margin + side * len(present) + 12, margin + side * len(present) + 12), "white")
+    texts = [_short(labels[number]) for number in seen]
+    margin = 12 + max(int(font.getlength(text)) for text in texts)
+    image = Image.new("RGB", (margin + SIDE * len(seen) + 12, margin + SIDE * len(seen) + 12), "white")
     draw = ImageDraw.Draw(image)
-    across = Image.new("RGB", (margin, side), "white")
-    for row, true in enumerate(present):
+    for row, true in enumerate(seen):
+        top = margin + row * SIDE
+        draw.text((6, top + 5), texts[row], "black", font)
+        turned = Image.new("RGB", (margin, SIDE), "white")
+        ImageDraw.Draw(turned).text((6, 5), texts[row], "black", font)
+        image.paste(turned.rotate(90, expand=True), (top, 0))
         mine = predicted[truth == true]
-        top = margin + row * side
-        draw.text((6, top + 5), labels[true], "black", font)
-        turned = across.copy()
-        ImageDraw.Draw(turned).text((6, 5), labels[true], "black", font)
-        image.paste(turned.rotate(90, expand=True), (margin + row * side, 0))
-        for column, guess in enumerate(present):
-            share = float((mine == guess).mean())
+        for column, guess in enumerate(seen):
+            share = float((mine == guess).mean()) if len(mine) else 0.0
             shade = round(255 * (1 - share))
-            box = (margin + column * side, top, margin + (column + 1) * side - 1, top + side - 1)
+            box = (margin + column * SIDE, top, margin + (column + 1) * SIDE - 1, top + SIDE - 1)
             draw.rectangle(box, fill=(shade, shade, 255) if true == guess else (255, shade, shade))
     return image
 
 
-def _bars(labels: Sequence[str], rows: list[tuple[int, int, int, float]], name: str) -> Image.Image:
+def _bars(labels: Sequence[str], rows: list[tuple[int, int, int, float]], title: str) -> Image.Image:
     font = ImageFont.load_default(13)
     image = Image.new("RGB", (LEFT + BAR + 90, ROW * (len(rows) + 2)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((8, 4), f"{name}: label, what it was taken for, share of the label's pictures", "black", font)
+    heading = "label -> what it was taken for, share of the label's pictures"
+    draw.text((8, 4), f"{_short(title)}: {heading}" if title else heading, "black", font)
     for place, (true, guess, count, share) in enumerate(rows, 1):
         top = ROW * place + 6
-        text = f"{labels[true]}  ->  {labels[guess]}"
-        while font.getlength(text) > LEFT - 16:
-            text = text[:-2]
-        draw.text((8, top), text, "black", font)
+        draw.text((8, top), f"{_short(labels[true])}  ->  {_short(labels[guess])}", "black", font)
         draw.rectangle((LEFT, top + 2, LEFT + round(BAR * share), top + 14), fill=(200, 60, 60))
         draw.text((LEFT + BAR + 10, top), f"{100 * share:.0f} % ({count})", "black", font)
     return image
+
+
+def _short(label: str) -> str:
+    text = " ".join(label.split())
+    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlm.data.sources import Label
-from vlm.errors import DataError
+from vlm.errors import ConfigError, DataError
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, grouped_share
-from vlm.tasks.zero_shot import ZeroShotClassifier
+from vlm.tasks.zero_shot import ZeroShotClassifier, check_labels
 from vlm.weights.loaded import VisionLanguageModel
+
+Labels = Sequence[Label] | Sequence[str]
+NO_LABEL, NOT_KEPT = -1, -2
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class ZeroShotReport:
     """(N,) most probable label."""
     hits: dict[int, np.ndarray]
     """By k, whether each picture's label was among the k first."""
+    left_out: dict[str, int]
+    """Pictures that aren't counted: ``unreadable``, ``no label`` (theirs isn't among the labels), ``not kept``."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, without the single pictures."""
         top = {f"top-{k}": figure.as_dict() for k, figure in self.top.items()}
         return {
             "model": self.model, "data": self.data, "labels": len(self.labels), "templates": self.templates,
-            "pictures": len(self.truth), **top,
+            "pictures": len(self.truth), "left_out": self.left_out, **top,
         }  # fmt: skip
 
     def per_class(self) -> list[dict[str, Any]]:
@@ -53,11 +59,16 @@ class ZeroShotReport:
             rows.append(row | {"most often": self.labels[found[counts.argmax()]]})
         return rows
 
+    def confusion(self) -> np.ndarray:
+        """(labels, labels) counts: row the true label, column the most probable one."""
+        size = len(self.labels)
+        return np.bincount(self.truth * size + self.predicted, minlength=size * size).reshape(size, size)
+
 
 def evaluate_zero_shot(
     model: VisionLanguageModel,
     source: Any,
-    labels: Sequence[Label] | Sequence[str],
+    labels: Labels,
     *,
     templates: str | Sequence[str] | None = None,
     depths: Sequence[int] = (1, 5),
@@ -68,85 +79,112 @@ def evaluate_zero_shot(
     """Classify every picture of a source among `labels`.
 
     labels: words, or concepts with their names; a picture's own label is the one of its concept, or the word
-    that is its name or main caption. Concepts that share a name share a label. keep: concepts to count, with
-    all labels still competing. features: from `source_features`, to use them again. Raises DataError when no
-    picture's label is among the labels.
+    that is its name or main caption. Concepts that share a name share a label. depths: the k of each top-k.
+    keep: concepts to count, with all labels still competing. features: from `source_features`, to use them
+    again. Raises ConfigError for labels, templates or depths that can't be used, DataError when no picture's
+    label is among the labels.
     """
-    names, of_concept = _label_numbers(labels)
-    found = features if features is not None else source_features(model, source, texts=False)
+    if not depths or min(depths) < 1:
+        raise ConfigError(f"top-k: expected numbers of at least 1, such as 1 and 5, got {list(depths)}")
+    names, of_concept = label_numbers(labels)
     classifier = ZeroShotClassifier(model, names, templates)
+    found = features if features is not None else source_features(model, source, texts=False)
     truth = _truth(source, found.keys, of_concept, set(keep) if keep is not None else None)
+    left_out = {
+        "unreadable": len(source) - len(found.keys),
+        "no label": int((truth == NO_LABEL).sum()),
+        "not kept": int((truth == NOT_KEPT).sum()),
+    }
     counted = np.flatnonzero(truth >= 0)
     if not len(counted):
         raise DataError(
             f"{source.name}: no picture's concept, name or caption is among the {len(names)} labels "
             f"(first label: {names[0]!r}, first picture: {source.meta(0)['captions'][0]!r})"
         )
-    image = found.image[torch.from_numpy(counted)]
-    logits = image @ classifier.features.float().cpu().T
-    order = logits.topk(min(max(depths), len(names)), dim=1).indices.numpy()
+    order = _best(found.image[torch.from_numpy(counted)], classifier.features.cpu(), max(depths))
     truth = truth[counted]
     hits = {k: (order[:, :k] == truth[:, None]).any(axis=1) for k in depths}
     top = {k: grouped_share(hit, truth, min(1.0, k / len(names)), seed=seed) for k, hit in hits.items()}
-    return ZeroShotReport(model.name, source.name, len(classifier.templates), names, top, truth, order[:, 0], hits)
+    return ZeroShotReport(
+        model.name, source.name, len(classifier.templates), names, top, truth, order[:, 0], hits, left_out
+    )
 
 
 def compare_templates(
     model: VisionLanguageModel,
     source: Any,
-    labels: Sequence[Label] | Sequence[str],
+    labels: Labels,
     sets: Sequence[str],
     *,
+    depths: Sequence[int] = (1, 5),
     keep: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Top-1 and top-5 of several template sets, and the paired difference from the first with its interval."""
+    """Top-k of several template sets, and the paired difference from the first with its interval.
+
+    sets: at least one name or sentence (see `resolve_templates`). Each row holds ``templates`` (the name),
+    ``count``, ``top-K`` and ``top-K against FIRST``; the pictures are encoded once.
+    """
+    if not sets:
+        raise ConfigError("template sets: none were given; name some, such as none,drawing,drawings")
     features = source_features(model, source, texts=False)
     rows: list[dict[str, Any]] = []
     first: ZeroShotReport | None = None
     for name in sets:
-        report = evaluate_zero_shot(model, source, labels, templates=name, keep=keep, features=features, seed=seed)
+        report = evaluate_zero_shot(
+            model, source, labels, templates=name, depths=depths, keep=keep, features=features, seed=seed
+        )
         first = first or report
         row: dict[str, Any] = {"templates": name, "count": report.templates}
         for k, figure in report.top.items():
             gain = report.hits[k].astype(float) - first.hits[k].astype(float)
             low, high = bootstrap(gain, groups=report.truth, seed=seed)
             row[f"top-{k}"] = figure.as_dict()
-            row[f"top-{k} against {first_name(sets)}"] = {
+            row[f"top-{k} against {sets[0]}"] = {
                 "value": round(float(gain.mean()), 6), "low": round(low, 6), "high": round(high, 6),
             }  # fmt: skip
         rows.append(row)
     return rows
 
 
-def first_name(sets: Sequence[str]) -> str:
-    """The set that others are compared with."""
-    return sets[0]
-
-
-def _label_numbers(labels: Sequence[Label] | Sequence[str]) -> tuple[list[str], dict[str, int]]:
-    """Different label words, and the number of each concept or word."""
+def label_numbers(labels: Labels) -> tuple[list[str], dict[str, int]]:
+    """Different label words, and the number of each concept and word. Raises ConfigError as `check_labels`."""
+    if all(isinstance(label, str) for label in labels):
+        words = check_labels(labels)  # type: ignore[arg-type]
+        return words, {word: number for number, word in enumerate(words)}
     names: dict[str, int] = {}
     numbers: dict[str, int] = {}
     for label in labels:
-        word = label.name if isinstance(label, Label) else str(label)
-        number = names.setdefault(word, len(names))
-        numbers[label.concept if isinstance(label, Label) else word] = number
-        numbers.setdefault(word, number)
-    return list(names), numbers
+        if not isinstance(label, Label):
+            raise ConfigError(f"labels: expected words or concepts, not both; got {label!r}")
+        numbers[label.concept] = names.setdefault(label.name.strip(), len(names))
+    return check_labels(list(names)), names | numbers
+
+
+def _best(image: Tensor, text: Tensor, depth: int) -> np.ndarray:
+    """(N, depth) numbers of the nearest labels, best first."""
+    depth = min(depth, len(text))
+    return np.concatenate([(rows @ text.T).topk(depth, dim=1).indices.numpy() for rows in image.split(1024)])
 
 
 def _truth(source: Any, keys: Sequence[str], numbers: dict[str, int], keep: set[str] | None) -> np.ndarray:
-    """(N,) label number of each row, -1 where it has none or isn't counted."""
-    place = {key: number for number, key in enumerate(source.keys)}
-    truth = np.full(len(keys), -1, dtype=np.int64)
+    """(N,) label number of each row; NO_LABEL where it has none, NOT_KEPT where it isn't asked for."""
+    truth = np.full(len(keys), NO_LABEL, dtype=np.int64)
+    number = 0
     for row, key in enumerate(keys):
-        meta = source.meta(place[key])
+        # Rows are the source's samples in order, some missing; a joined source may hold one key twice.
+        while number < len(source) and source.keys[number] != key:
+            number += 1
+        if number == len(source):
+            raise DataError(f"{source.name}: the features given are of another source, {key!r} isn't where expected")
+        meta = source.meta(number)
+        number += 1
         concept = str(meta.get("concept", ""))
         if keep is not None and concept not in keep:
+            truth[row] = NOT_KEPT
             continue
         for word in (concept, str(meta.get("name", "")), str(meta["captions"][0])):
-            if word in numbers:
-                truth[row] = numbers[word]
+            if word.strip() in numbers:
+                truth[row] = numbers[word.strip()]
                 break
     return truth

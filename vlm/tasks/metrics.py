@@ -71,18 +71,27 @@ def bootstrap(
 
 
 def grouped_share(hits: np.ndarray, groups: np.ndarray, chance: float, *, seed: int = 0) -> Figure:
-    """How many trials hit, with a bootstrap interval over groups."""
+    """How many trials hit, with a bootstrap interval over groups that is nowhere narrower than Wilson's.
+
+    Drawing whole groups widens the interval where trials of a group hang together; Wilson's keeps it honest
+    where all trials or none hit, which leaves a bootstrap nothing to draw from.
+    """
+    alone = share(hits, chance)
     low, high = bootstrap(hits, groups=groups, seed=seed)
-    return Figure(float(np.mean(hits)) if len(hits) else 0.0, low, high, chance, len(hits))
+    if not len(hits):
+        return alone
+    return Figure(alone.value, min(low, alone.low), max(high, alone.high), chance, alone.count)
 
 
 def ranks_of_best(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Rank, from 0, of each row's best positive: how many columns stand strictly before it, ties against us.
+    """Rank, from 0, of each row's best positive: how many negatives stand before it, ties against us.
 
-    scores: (queries, candidates). positives: the same shape, boolean, at least one true in each row.
+    scores: (queries, candidates). positives: the same shape, boolean, at least one true in each row. A row's
+    recall at k is 1 where its rank is below k.
     """
     best = np.where(positives, scores, -np.inf).max(axis=1)
-    return ((scores >= best[:, None]) & ~positives).sum(axis=1)
+    # Not `scores >= best`: what isn't a number would then stand first.
+    return (~(scores < best[:, None]) & ~positives).sum(axis=1)
 
 
 def chance_at(k: int, positives: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, chance_at, ranks_of_best
 from vlm.weights.loaded import VisionLanguageModel
@@ -56,13 +56,15 @@ def evaluate_retrieval(
     Each round draws a gallery: as many rows of `source` as fit, the queries, and, when those are fewer, rows of
     `distractors` that are only candidates. Figures are means over rounds; intervals are bootstrapped over
     queries. A source larger than the gallery is cut into disjoint galleries instead. Raises ConfigError when
-    there are too few rows.
+    a gallery or the rounds are too small, DataError when there are fewer than two rows.
     """
+    if gallery < 2 or rounds < 1:
+        raise ConfigError(f"gallery must be at least 2 and rounds at least 1, got {gallery} and {rounds}")
     rows = source_features(model, source)
     extra = source_features(model, distractors) if distractors is not None else None
     available = len(rows.keys) + (len(extra.keys) if extra else 0)
-    if gallery < 2:
-        raise ConfigError(f"gallery must be at least 2, got {gallery}")
+    if available < 2:
+        raise DataError(f"{source.name}: {available} readable picture, retrieval needs at least 2")
     gallery = min(gallery, available)
     drawn = _galleries(len(rows.keys), len(extra.keys) if extra else 0, gallery, rounds, seed)
     return _report(model.name, source.name, rows, extra, drawn, gallery, seed)

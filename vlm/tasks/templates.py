@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlm.data.tokenizers import Tokenizer
 from vlm.errors import ConfigError, nearest
 
 NAMED: dict[str, tuple[str, ...]] = {
@@ -25,45 +26,53 @@ NAMED: dict[str, tuple[str, ...]] = {
         "a black and white icon of {}",
     ),
 }
+FROM_OPEN_CLIP = {"imagenet": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}
+"""CLIP's 80 sentences for ImageNet, and the 7 of them that do nearly as well."""
+NAMES = ("auto", *NAMED, *FROM_OPEN_CLIP)
 
 
-def resolve_templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Templates by name (``none``, ``single``, ``drawing``, ``drawings``, ``imagenet``), or a list of them.
+def resolve_templates(
+    templates: str | Sequence[str] | None = None, tokenizer: Tokenizer | None = None
+) -> tuple[str, ...]:
+    """Templates by name (see `NAMES`), one sentence, or a list of them; each holds ``{}`` or ``{label}`` once.
 
-    A template holds ``{}`` or ``{label}`` once. None is the bare label. Raises ConfigError otherwise.
+    None or ``auto`` asks what the model was trained on, which its tokenizer tells: with WordPiece, as this
+    package's own models and when `tokenizer` is None, short captions, so the bare label; else CLIP's sentence
+    for photos. Raises ConfigError for anything else.
     """
-    if templates is None:
-        return NAMED["none"]
+    if templates is None or templates == "auto":
+        own = tokenizer is None or getattr(tokenizer, "kind", "") == "wordpiece"
+        return NAMED["none"] if own else NAMED["single"]
     if isinstance(templates, str):
-        if templates == "imagenet":
-            return _imagenet()
+        if templates in FROM_OPEN_CLIP:
+            return _from_open_clip(FROM_OPEN_CLIP[templates])
         if templates in NAMED:
             return NAMED[templates]
         if "{" in templates:
             return _checked([templates])
-        names = [*NAMED, "imagenet"]
         raise ConfigError(
-            f"templates {templates!r}: no set of that name{nearest(templates, names)}; known: {', '.join(names)}, "
-            "or give a sentence with {} for the label"
+            f"templates {templates!r}: no set of that name{nearest(templates, NAMES)}; known: {', '.join(NAMES)}, "
+            "or give a sentence with {} for the label (on the command line also a file, one sentence a line)"
         )
     return _checked(list(templates))
 
 
 def fill(template: str, label: str) -> str:
     """The sentence with a label in it."""
-    return template.replace("{label}", label).replace("{}", label)
+    before, _, after = template.partition("{label}" if "{label}" in template else "{}")
+    return before + label + after
 
 
 def _checked(templates: list[str]) -> tuple[str, ...]:
     if not templates:
-        raise ConfigError("templates: the list is empty; leave it out for the bare label")
+        raise ConfigError("templates: the list is empty; leave it out for the model's own choice")
     for template in templates:
         if not isinstance(template, str) or template.count("{}") + template.count("{label}") != 1:
             raise ConfigError(f"template {template!r}: expected a sentence with {{}} once, as in 'a photo of a {{}}.'")
     return tuple(templates)
 
 
-def _imagenet() -> tuple[str, ...]:
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
+def _from_open_clip(name: str) -> tuple[str, ...]:
+    import open_clip
 
-    return tuple(str(template("{}")) for template in OPENAI_IMAGENET_TEMPLATES)
+    return tuple(str(template("{}")) for template in getattr(open_clip, name))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vlm.data.images import load_image
 from vlm.errors import ConfigError, DataError
 from vlm.tasks.templates import fill, resolve_templates
 from vlm.weights.loaded import VisionLanguageModel
 
-Picture = str | Path | Image.Image | np.ndarray | bytes
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | bytes | bytearray | BinaryIO
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,12 @@ class Prediction:
 
 
 class ZeroShotClassifier:
-    """Classifies pictures among labels given as words."""
+    """Classifies pictures among labels given as words.
+
+    >>> classifier = ZeroShotClassifier(vlm.load("tiny-clip"), ["cat", "dog"])
+    >>> classifier.predict("pet.png", top_k=1)
+    [Prediction(label='cat', score=0.93)]
+    """
 
     def __init__(
         self,
@@ -41,42 +48,68 @@ class ZeroShotClassifier:
         *,
         batch_size: int = 64,
     ) -> None:
-        """Prepare the labels' features once; later calls run the image tower alone.
+        """Compute the labels' features once; later calls run the image tower alone.
 
         model: from `vlm.load`, or what `vlm.load` takes. labels: different words, at least one. templates: a
-        set's name, sentences with ``{}`` for the label, or None for the bare label. batch_size: pictures (and
-        texts) that run at once. Raises ConfigError for labels or templates that can't be used.
+        set's name, sentences with ``{}`` for the label, or None for what suits the model. batch_size: pictures
+        (and texts) that run at once. Raises ConfigError for labels or templates that can't be used, VlmError
+        when the model has no text tower of its own.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self.labels = check_labels(labels)
-        self.templates = resolve_templates(templates)
+        resolve_templates(templates)  # before a model is loaded
         self.model = model if isinstance(model, VisionLanguageModel) else _load(model)
+        self.templates = resolve_templates(templates, self.model.tokenizer)
         self.model.network.eval()
         self.batch_size = batch_size
         self.features = self._label_features()
+        """(labels, D), unit norm."""
 
     def predict(self, images: Picture | Iterable[Picture], top_k: int = 5) -> Any:
         """The most probable labels of each picture, best first.
 
-        images: one picture (path, PIL image, RGB array (H, W, 3) or encoded bytes), or several. top_k: how many
-        labels, at most all. Returns a list of `Prediction` for one picture, a list of such lists for several.
-        Raises DataError naming a picture that can't be read.
+        images: one picture (path, PIL image, array (H, W, 3), encoded bytes or open file), or several, also as
+        an array (N, H, W, 3). top_k: how many labels, at most all. Returns a list of `Prediction` for one
+        picture, a list of such lists for several. Raises DataError naming a picture that can't be read.
         """
-        if isinstance(images, Picture):
-            return next(self.stream([images], top_k))
-        return list(self.stream(images, top_k))
+        given: Any = images
+        if is_picture(given):
+            return next(self.predict_each([given], top_k))[1]
+        if not isinstance(given, Iterable):
+            raise DataError(f"expected a picture or several, got {type(given).__name__}")
+        return [found for _, found in self.predict_each(given, top_k)]
 
-    def stream(self, images: Iterable[Picture], top_k: int = 5) -> Iterator[list[Prediction]]:
-        """`predict` for any number of pictures, a batch at a time."""
-        if top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, got {top_k}")
-        pictures = iter(images)
-        while batch := list(itertools.islice(pictures, self.batch_size)):
-            yield from self.predict_pixels(self.model.pixels(batch), top_k)
+    def predict_each(
+        self,
+        images: Iterable[Picture],
+        top_k: int = 5,
+        *,
+        on_error: Callable[[Picture, DataError], None] | None = None,
+    ) -> Iterator[tuple[Picture, list[Prediction]]]:
+        """Each picture with its predictions, in order, for any number of them: one batch is held at a time.
+
+        on_error: called with a picture that can't be read, which is then left out; None raises the DataError.
+        """
+        _check_top_k(top_k)
+        batch: list[tuple[Picture, Tensor]] = []
+        for image in images:
+            try:
+                # Preprocessed at once: decoded, a batch of large photos would not fit in memory.
+                batch.append((image, self.model.transform(load_image(image))))
+            except DataError as error:
+                if on_error is None:
+                    raise
+                on_error(image, error)
+            if len(batch) == self.batch_size:
+                yield from self._batch(batch, top_k)
+                batch = []
+        if batch:
+            yield from self._batch(batch, top_k)
 
     def predict_pixels(self, pixels: Tensor, top_k: int = 5) -> list[list[Prediction]]:
         """Predictions for preprocessed pictures (B, 3, H, W)."""
+        _check_top_k(top_k)
         scores, places = self.scores(pixels).topk(min(top_k, len(self.labels)), dim=1)
         return [
             [Prediction(self.labels[place], score) for place, score in zip(row, values, strict=True)]
@@ -85,50 +118,67 @@ class ZeroShotClassifier:
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Probabilities (B, labels) of preprocessed pictures (B, 3, H, W)."""
+        pixels = pixels.to(self.model.device, self.model.dtype)
         parts = [self.model.encode_image(part) for part in pixels.split(self.batch_size)]
-        return self.model.similarity(torch.cat(parts), self.features).float().softmax(dim=1)
+        # fp32 from here: a half-precision logit near 100 is off by 0.06.
+        return self.model.similarity(torch.cat(parts).float(), self.features).float().softmax(dim=1)
+
+    def _batch(self, batch: Sequence[tuple[Picture, Tensor]], top_k: int) -> Iterator[tuple[Picture, list[Prediction]]]:
+        found = self.predict_pixels(torch.stack([pixels for _, pixels in batch]), top_k)
+        yield from zip([image for image, _ in batch], found, strict=True)
 
     @torch.inference_mode()
     def _label_features(self) -> Tensor:
-        """(labels, D): the mean over templates of unit features, made unit again."""
+        """(labels, D) fp32: the mean over templates of unit features, made unit again (CLIP §3.1.4)."""
         texts = [fill(template, label) for label in self.labels for template in self.templates]
         # Texts of about one length run together, so that little padding is computed.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        parts = []
+        sums: Tensor | None = None
         for start in range(0, len(order), self.batch_size):
-            chosen = [texts[number] for number in order[start : start + self.batch_size]]
-            parts.append(self.model.encode_text(self.model.tokens(chosen)))
-        sorted_features = torch.cat(parts)
-        features = torch.empty_like(sorted_features)
-        features[torch.tensor(order, device=features.device)] = sorted_features
-        grouped = features.unflatten(0, (len(self.labels), len(self.templates)))  # (labels, templates, D)
-        return F.normalize(grouped.mean(dim=1), dim=-1)
+            chosen = order[start : start + self.batch_size]
+            found = self.model.encode_text(self.model.tokens([texts[number] for number in chosen])).float()
+            if sums is None:
+                sums = found.new_zeros(len(self.labels), found.shape[1])
+            owners = torch.tensor([number // len(self.templates) for number in chosen], device=found.device)
+            sums.index_add_(0, owners, found)
+        return F.normalize(torch.zeros(0) if sums is None else sums, dim=-1)
+
+
+def is_picture(value: object) -> bool:
+    """Whether this is one picture rather than several."""
+    if isinstance(value, np.ndarray):
+        return value.ndim != 4
+    return isinstance(value, str | os.PathLike | bytes | bytearray | Image.Image) or hasattr(value, "read")
 
 
 def check_labels(labels: Sequence[str]) -> list[str]:
     """The labels without outer spaces. Raises ConfigError when there are none, or blank or repeated ones."""
     if isinstance(labels, str):
         raise ConfigError(f"labels: expected a list of words, got the text {labels!r}; split it, as in ['cat', 'dog']")
-    cleaned = [str(label).strip() for label in labels]
+    if not isinstance(labels, Iterable):
+        raise ConfigError(f"labels: expected a list of words, got {type(labels).__name__}")
+    cleaned = []
+    for number, label in enumerate(labels, 1):
+        if not isinstance(label, str):
+            raise ConfigError(f"labels: number {number} is {label!r}, expected a word")
+        if not label.strip():
+            raise ConfigError(f"labels: number {number} is blank; remove it")
+        cleaned.append(label.strip())
     if not cleaned:
         raise ConfigError("labels: none were given; name at least one, such as ['cat', 'dog']")
-    blank = [number for number, label in enumerate(cleaned, 1) if not label]
-    if blank:
-        raise ConfigError(f"labels: number {blank[0]} is blank; remove it")
-    repeated = sorted({label for label in cleaned if cleaned.count(label) > 1}) if _has_repeats(cleaned) else []
+    repeated = [label for label, count in Counter(cleaned).items() if count > 1]
     if repeated:
-        raise ConfigError(f"labels: given more than once: {', '.join(repeated[:10])}; keep one of each")
+        more = f" and {len(repeated) - 10} more" if len(repeated) > 10 else ""
+        raise ConfigError(f"labels: given more than once: {', '.join(repeated[:10])}{more}; keep one of each")
     return cleaned
 
 
-def _has_repeats(labels: list[str]) -> bool:
-    return len(set(labels)) < len(labels)
+def _check_top_k(top_k: int) -> None:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise ConfigError(f"top_k must be a whole number of at least 1, got {top_k!r}")
 
 
 def _load(name: str | Path) -> VisionLanguageModel:
     from vlm.weights.load import load
 
-    model = load(name)
-    if not hasattr(model.network, "encode_text"):
-        raise DataError(f"{name}: a {model.family} model can't compare pictures with texts")
-    return model
+    return load(name)
