@@ -52,7 +52,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="vlm")  # also under `python -m vlm.apps.cli` and torchrun
     except VlmError as error:
         typer.echo(f"vlm: {error}", err=True)
         sys.exit(2)

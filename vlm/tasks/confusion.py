@@ -17,26 +17,39 @@ MATRIX, LETTERS = 40, 28
 """Most labels that are drawn as a matrix, and letters of a label there."""
 
 
-def confusions(truth: np.ndarray, predicted: np.ndarray, most: int = 30) -> list[tuple[int, int, int, float]]:
-    """The most frequent pairs (true label, predicted label, count, share of the true label's pictures)."""
+def confusions(truth: np.ndarray, predicted: np.ndarray, most: int = 15) -> list[tuple[int, int, int, float]]:
+    """The most frequent pairs (true label, predicted label, count, share of the true label's pictures).
+
+    Equally frequent ones are ordered by how often the predicted label is wrong elsewhere.
+    """
     totals = Counter(truth.tolist())
+    wrong = Counter(predicted[truth != predicted].tolist())
     pairs = Counter((int(t), int(p)) for t, p in zip(truth.tolist(), predicted.tolist(), strict=True) if t != p)
-    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:most]
+    ordered = sorted(pairs.items(), key=lambda item: (-item[1], -wrong[item[0][1]], item[0]))[:most]
     return [(t, p, count, count / totals[t]) for (t, p), count in ordered]
 
 
+def attractors(truth: np.ndarray, predicted: np.ndarray, most: int = 15) -> list[tuple[int, int, int, float]]:
+    """Labels given wrongly most often: (label, pictures, their different true labels, share of all mistakes)."""
+    wrong = truth != predicted
+    counts = Counter(predicted[wrong].tolist())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+    return [
+        (label, count, len(set(truth[wrong & (predicted == label)].tolist())), count / int(wrong.sum()))
+        for label, count in ordered
+    ]
+
+
 def confusion_picture(
-    labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, path: Path, *, title: str = "", most: int = 30
+    labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, path: Path, *, title: str = ""
 ) -> None:
-    """Write a PNG: with few labels the whole matrix, with many the most frequent mistakes as bars.
+    """Write a PNG: with few labels the whole matrix, with many two lists of bars (`confusions`, `attractors`).
 
     labels: words. truth, predicted: (N,) label numbers. Raises DataError when the file can't be written.
     """
     seen = sorted(set(truth.tolist()) | set(predicted.tolist()))
     image = (
-        _matrix(labels, truth, predicted, seen)
-        if len(seen) <= MATRIX
-        else _bars(labels, confusions(truth, predicted, most), title)
+        _matrix(labels, truth, predicted, seen) if len(seen) <= MATRIX else _mistakes(labels, truth, predicted, title)
     )
     temporary = path.with_name(f".tmp-{path.name}")
     try:
@@ -71,17 +84,30 @@ def _matrix(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, see
     return image
 
 
-def _bars(labels: Sequence[str], rows: list[tuple[int, int, int, float]], title: str) -> Image.Image:
+def _mistakes(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, title: str) -> Image.Image:
+    """Two lists: what is taken for what, and what is wrongly answered most."""
+    pairs = [
+        (f"{_short(labels[true])}  ->  {_short(labels[guess])}", share, f"{100 * share:.0f} % ({count})")
+        for true, guess, count, share in confusions(truth, predicted)
+    ]
+    answers = [
+        (f"{_short(labels[label])}  for {of} other labels", share, f"{100 * share:.1f} % ({count})")
+        for label, count, of, share in attractors(truth, predicted)
+    ]
+    name = f"{_short(title)}: " if title else ""
+    rows: list[tuple[str, float, str]] = [
+        (f"{name}label -> what it was taken for, share of the label's pictures", 0, "")
+    ]
+    rows += [*pairs, ("", 0, ""), ("wrong answers given most, share of all mistakes", 0, ""), *answers]
     font = ImageFont.load_default(13)
-    image = Image.new("RGB", (LEFT + BAR + 90, ROW * (len(rows) + 2)), "white")
+    image = Image.new("RGB", (LEFT + BAR + 110, ROW * len(rows) + 12), "white")
     draw = ImageDraw.Draw(image)
-    heading = "label -> what it was taken for, share of the label's pictures"
-    draw.text((8, 4), f"{_short(title)}: {heading}" if title else heading, "black", font)
-    for place, (true, guess, count, share) in enumerate(rows, 1):
+    for place, (text, share, figure) in enumerate(rows):
         top = ROW * place + 6
-        draw.text((8, top), f"{_short(labels[true])}  ->  {_short(labels[guess])}", "black", font)
-        draw.rectangle((LEFT, top + 2, LEFT + round(BAR * share), top + 14), fill=(200, 60, 60))
-        draw.text((LEFT + BAR + 10, top), f"{100 * share:.0f} % ({count})", "black", font)
+        draw.text((8, top), text, "black", font)
+        draw.text((LEFT + BAR + 10, top), figure, "black", font)
+        if figure:
+            draw.rectangle((LEFT, top + 2, LEFT + round(BAR * share), top + 14), fill=(200, 60, 60))
     return image
 
 

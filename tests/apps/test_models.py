@@ -1,0 +1,136 @@
+"""`vlm models`, `vlm export`, `vlm demo`, `vlm data`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlm
+from tests.apps.conftest import Run
+from tests.tasks.small import class_folders, noise, random_model
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout without a shipped model."""
+    monkeypatch.setattr("vlm.weights.load.shipped", dict)
+
+
+@pytest.fixture
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "data" / "examples"
+    folder.mkdir(parents=True)
+    (folder.parent / "manifest.json").write_text("{}")
+    (folder / "labels.txt").write_text("red\ngreen\nblue\npink\n")
+    for number, picture in enumerate(noise(3)):
+        picture.save(folder / f"{number}.png")
+    monkeypatch.setenv("VLM_DATA", str(folder.parent))
+    return folder
+
+
+def test_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.weights.load.shipped", lambda: {"small-clip": "Sees small things."})
+    done = run("models")
+    assert done.code == 0 and "small-clip\n  Sees small things.\n" in done.out
+    assert "open_clip:ARCH/TAG" in done.out
+
+
+def test_no_models(run: Run, bare: None) -> None:
+    done = run("models")
+    assert done.code == 0 and "no model is shipped" in done.out
+
+
+@pytest.mark.parametrize(
+    "command", [("demo",), ("classify", "x.png", "-l", "a"), ("export", "--out", "x"), ("eval", "zero-shot", "-d", "E")]
+)
+def test_a_missing_model_says_how_to_train_one(run: Run, bare: None, examples: Path, command: tuple[str, ...]) -> None:
+    class_folders(examples.parent.parent / "set", {"red": ["red"]})
+    done = run(*(str(examples.parent.parent / "set") if part == "E" else part for part in command))
+    assert done.code == 2 and "vlm train clip" in done.err
+
+
+def test_export_to_our_own_and_back(run: Run, model: str, tmp_path: Path) -> None:
+    done = run("export", "--model", model, "--to", "vlm", "--out", tmp_path / "copy")
+    assert done.code == 0, done.err
+    pixels = torch.randn(2, 3, 16, 16)
+    first, second = (vlm.load(place, device="cpu").encode_image(pixels) for place in (model, tmp_path / "copy"))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("to", ["hf", "open_clip"])
+def test_a_bidirectional_text_tower_goes_nowhere_else(run: Run, model: str, tmp_path: Path, to: str) -> None:
+    done = run("export", "--model", model, "--to", to, "--out", tmp_path / "copy")
+    assert done.code == 2 and "Traceback" not in done.err and len(done.err) > 40
+    assert not (tmp_path / "copy").exists()
+
+
+def test_bad_export(run: Run, model: str, tmp_path: Path) -> None:
+    assert "did you mean 'hf'" in run("export", "--model", model, "--to", "hff", "--out", tmp_path / "x").err
+    (tmp_path / "file").write_text("")
+    done = run("export", "--model", model, "--to", "vlm", "--out", tmp_path / "file")
+    assert done.code == 2 and "is a file" in done.err
+
+
+def test_demo(run: Run, model: str, examples: Path) -> None:
+    done = run("demo", "--model", model)
+    assert done.code == 0, done.err
+    classifier = vlm.ZeroShotClassifier(random_model(), ["red", "green", "blue", "pink"], "drawings")
+    for number in range(3):
+        best = classifier.predict(examples / f"{number}.png", top_k=1)[0]
+        after = done.out.split(str(examples / f"{number}.png"))[1].splitlines()[1]
+        assert after.strip().startswith(best.label) and f"{100 * best.score:.1f} %" in after
+    assert "3 pictures" in done.out and "4 labels" in done.out
+
+
+def test_demo_of_own_pictures_needs_no_data(
+    run: Run, model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_DATA", str(tmp_path / "nowhere"))
+    (tmp_path / "labels").write_text("red\nblue\n")
+    done = run("demo", pictures, "--labels-file", tmp_path / "labels", "--model", model)
+    assert done.code == 0, done.err
+    done = run("demo", "--model", model)
+    assert done.code == 2 and "VLM_DATA" in done.err
+
+
+def test_demo_reports_what_it_cannot_read(run: Run, model: str, examples: Path) -> None:
+    (examples / "3.png").write_bytes(b"x")
+    done = run("demo", "--model", model)
+    assert done.code == 1 and "3.png" in done.err and "1 of 4" in done.err
+    assert run("demo", examples / "3.png", "--model", model).code == 2
+
+
+def test_data_check(run: Run, tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "set", {"red": ["red", "blue"], "green": ["green"]})
+    done = run("data", "check", root, "--workers", 0)
+    assert done.code == 0, done.err
+    (root / "red" / "1.png").write_bytes(b"no picture")
+    broken = run("data", "check", root, "--workers", 0, "--json")
+    assert broken.code == 1
+    assert "red/1.png" in json.dumps(json.loads(broken.out)["unreadable"])
+
+
+def test_data_check_of_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "gone"):
+        done = run("data", "check", place)
+        assert done.code == 2 and str(place) in done.err
+
+
+def test_data_build_reports_what_it_made(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vlm.data.build as builder
+
+    called: dict[str, Any] = {}
+
+    def build(out: Path, *, work: Path, workers: int) -> dict[str, Any]:
+        called.update(out=out, work=work, workers=workers)
+        return {"splits": {"train": 1200}, "bytes": 34567, "shards": [1, 2]}
+
+    monkeypatch.setattr(builder, "build", build)
+    done = run("data", "build", "--out", tmp_path / "d", "--work", tmp_path / "w", "--workers", 1)
+    assert done.code == 0 and "1,200" in done.out and "34,567 bytes in 2 shards" in done.out
+    assert called == {"out": tmp_path / "d", "work": tmp_path / "w", "workers": 1}
