@@ -11,12 +11,29 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from vlm.errors import ConfigError
+
 _SIDED = re.compile(
-    r"\b(left|right|leftwards|rightwards|east|west|north|south|clockwise|anticlockwise|counterclockwise|flags?"
-    r"|clock|o.clock|keycap|letters?|button|text|words?|digits?|numbers?|arrows?|facing|maps?|signs?|symbol|input"
-    r"|one|two|three|four|five|six|seven|eight|nine|ten|playing card|italic|align|next|previous|forward|back"
-    r"|backward|fast|rewind|play|track|notes?|clef|calendar|newspaper|book|keyboard|chart|indicator|squared?"
-    r"|ideograph|japanese|zodiac|percent|question|check|logo|australia|america|africa|europe|asia)\b|\d",
+    # Sides and turns.
+    r"\b(left|right|leftwards?|rightwards?|(north|south)?(east|west)|north|south|clockwise|anticlockwise"
+    r"|counterclockwise|facing|pointing|pointer|arrows?|turns?|next|previous|forward|back|backward|fast|rewind"
+    r"|play|track|align|italic|profile|compass|waxing|waning|quarter|crescent|moon|yin|spiral|khanda|om"
+    # Writing, numbers and what shows them.
+    r"|letters?|text|words?|writing|handwriting|alphabet|abc|abcd|latin|uppercase|lowercase|font|logo|label|labelled"
+    r"|digits?|numbers?|input|button|keycap|keyboard|keys?|sos|atm|wc|tm|ok|copyright|registered|email|e-mail"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirty|hundred|first|second|third"
+    r"|clock|clocks|o.clock|watch|stopwatch|calendar|date|newspaper|book|chart|score|notes?|clef|music(al)?"
+    r"|playing cards?|mahjong|joker|dice|domino|banknote|currency|dollars?|euros?|yen|pounds?|cents?"
+    r"|signs?|symbols?|indicator|squared?|ideograph|japanese|chinese|hiragana|katakana|percent|question|check"
+    r"|zodiac|aries|taurus|gemini|leo|virgo|libra|scorpio|scorpius|sagittarius|capricorn|aquarius|pisces"
+    # Places.
+    r"|flags?|maps?|globe|earth|world|americas?|africa|australia|europe|asia|japan)\b|\d",
+    re.IGNORECASE,
+)
+_COLOURED = re.compile(
+    r"\b(colou?r\w*|rainbow|red|reddish|orange|yellow|green|greenish|blue|bluish|purple|violet|pink|brown|black"
+    r"|white|gr[ae]y|gold|golden|silver|bronze|turquoise|cyan|magenta|teal|beige|blonde?|ginger|dark|skin tone"
+    r"|(light|medium|dark) skin|flags?|traffic lights?)\b",
     re.IGNORECASE,
 )
 
@@ -26,25 +43,34 @@ class Augment:
     """What may happen to a training picture; the defaults do nothing."""
 
     crop: float = 1.0
-    """Least share of the picture's side that is shown; 1 shows all."""
+    """Least share of the picture's side that is shown, above 0; 1 shows all."""
     shrink: float = 1.0
     """Most that the picture gets smaller within its frame: 1.3 shows it at 1 / 1.3."""
     stretch: float = 0.0
-    """Most relative change of width against height."""
+    """Most relative change of width against height (as a logarithm: 0.2 is about a fifth)."""
     rotate: float = 0.0
     """Most degrees of rotation, to either side."""
     flip: float = 0.0
     """Chance of a mirror image, where the caption allows it."""
     brightness: float = 0.0
-    """Most relative change; so for the next two."""
+    """Most relative change, 0 to 1; so for the next two."""
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
-    """Most degrees of rotation in hue."""
+    """Most degrees of rotation in hue; none where the caption names a colour."""
     grey: float = 0.0
-    """Chance that all colour is taken away."""
+    """Chance that all colour is taken away, where the caption names none."""
     background: float = 0.0
     """Chance of another colour in place of a white background."""
+
+    def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("flip", "brightness", "contrast", "saturation", "grey", "background"), (0.0, 1.0))
+        bounds |= {"crop": (0.01, 1.0), "shrink": (1.0, 100.0), "stretch": (0.0, 2.0)}
+        bounds |= {"rotate": (0.0, 180.0), "hue": (0.0, 180.0)}
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise ConfigError(f"augment.{name} must lie from {low:g} to {high:g}, got {value!r}")
 
 
 def flip_safe(caption: str) -> bool:
@@ -52,14 +78,22 @@ def flip_safe(caption: str) -> bool:
     return _SIDED.search(caption) is None
 
 
+def colour_safe(caption: str) -> bool:
+    """Whether a grey picture, or one of other hues, still fits the caption: it names no colour."""
+    return _COLOURED.search(caption) is None
+
+
 def augment(image: Image.Image, caption: str, config: Augment, rng: random.Random) -> Image.Image:
-    """A changed copy of a picture (RGB, any size), of the same size; all draws come from `rng`."""
+    """A changed copy of a picture (RGB, any size), of the same size; all draws come from `rng`.
+
+    caption: all that must still be true of it; it decides whether mirroring and loss of colour are allowed.
+    """
     fill = (255, 255, 255)
     if config.background and rng.random() < config.background:
         fill = _colour(rng)
         image = replace_background(image, fill)
     image = _moved(image, caption, config, rng, fill)
-    return _recoloured(image, config, rng)
+    return _recoloured(image, caption, config, rng)
 
 
 def replace_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -104,13 +138,16 @@ def _moved(
     return image.transform((width, height), Image.Transform.AFFINE, (a, b, c, d, e, f), kind, fillcolor=fill)
 
 
-def _recoloured(image: Image.Image, config: Augment, rng: random.Random) -> Image.Image:
+def _recoloured(image: Image.Image, caption: str, config: Augment, rng: random.Random) -> Image.Image:
     """Brightness, contrast, saturation and hue as one 3 x 4 matrix."""
     gain = 1 + rng.uniform(-config.brightness, config.brightness)
     contrast = 1 + rng.uniform(-config.contrast, config.contrast)
     saturation = 1 + rng.uniform(-config.saturation, config.saturation)
     turn = math.radians(rng.uniform(-config.hue, config.hue))
-    if rng.random() < config.grey:
+    grey_drawn = rng.random() < config.grey
+    if (grey_drawn or turn) and not colour_safe(caption):
+        grey_drawn, turn = False, 0.0
+    if grey_drawn:
         saturation = 0.0
     if (gain, contrast, saturation, turn) == (1.0, 1.0, 1.0, 0.0):
         return image

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlm.errors import ConfigError
+
 TEMPLATES = (
     "a drawing of {}",
     "a picture of {}",
@@ -41,14 +43,28 @@ class CaptionVariation:
     web: float = 0.0
     """Chance of the text as it was uploaded, where the sample has one."""
 
+    def __post_init__(self) -> None:
+        for name in ("tags", "tags_alone", "template", "web"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"captions.{name} is a chance and must lie from 0 to 1, got {value!r}")
+        if self.tags + self.tags_alone + self.web > 1 + 1e-9:
+            raise ConfigError("captions.tags, captions.tags_alone and captions.web must add up to 1 at most")
+        if self.most_tags < 1:
+            raise ConfigError(f"captions.most_tags must be at least 1, got {self.most_tags!r}")
+
 
 def vary(meta: Mapping[str, Any], rng: random.Random, config: CaptionVariation) -> str:
-    """A text for one showing of a sample: `captions` are drawn evenly, the rest by `config`. Never empty."""
+    """A text for one showing of a sample: `captions` are drawn evenly, the rest by `config`. Never empty.
+
+    meta: a sample's JSON. Where it has no tags or no ``web``, their chances fall to the captions; the
+    uploaded text is never put inside a template.
+    """
     text = rng.choice(meta["captions"])
     draw = rng.random()
-    tags = [tag for tag in meta.get("tags") or () if isinstance(tag, str) and tag.strip()]
-    if draw < config.web and str(meta.get("web") or "").strip():
-        return str(meta["web"])
+    web, tags = meta.get("web"), _tags(meta, text)
+    if draw < config.web and isinstance(web, str) and web.strip():
+        return web.strip()
     draw -= config.web
     if tags and 0 <= draw < config.tags:
         text = ", ".join([text, *_some(tags, rng, config.most_tags)])
@@ -57,12 +73,20 @@ def vary(meta: Mapping[str, Any], rng: random.Random, config: CaptionVariation) 
     if rng.random() < config.template:
         options = TEMPLATES + STYLED.get(str(meta.get("style", "")), ()) * 2
         text = rng.choice(options).format(text)
-    return text
+    return str(text)
 
 
 def first_caption(meta: Mapping[str, Any]) -> str:
     """The sample's main text, for evaluation."""
     return str(meta["captions"][0])
+
+
+def _tags(meta: Mapping[str, Any], text: str) -> list[str]:
+    """The sample's tags without those that only repeat `text`; shards of other makers hold any JSON there."""
+    given = meta.get("tags")
+    found = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else []
+    clean = [tag.strip() for tag in found if isinstance(tag, str)]
+    return [tag for tag in clean if tag and tag.casefold() != text.casefold()]
 
 
 def _some(tags: list[str], rng: random.Random, most: int) -> list[str]:
