@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from vlm.data.augment import Augment, augment
 from vlm.data.batch import Batch
 from vlm.data.captions import CaptionVariation, first_caption, vary
 from vlm.data.images import decode_image
-from vlm.data.samples import Problems, Sample, caption_id, stable_id
+from vlm.data.samples import caption_id, stable_id
+from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, DataError
@@ -24,21 +25,8 @@ from vlm.errors import ConfigError, DataError
 logger = logging.getLogger("vlm.data")
 
 
-class Source(Protocol):
-    """Samples by number; what `vlm.data.sources.open_source` gives."""
-
-    name: str
-    lengths: np.ndarray
-    """(n,) characters of each sample's caption, for buckets."""
-    problems: Problems
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int) -> Sample:
-        """The sample, its picture still encoded."""
-
-    def fingerprint(self) -> str:
-        """Hash of the content, the same wherever it lies."""
+UNREADABLE = "picture that can't be decoded (each showing counted)"
+"""The reason under which a source's `problems` count what was skipped here."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ class LoaderConfig:
     workers: int = 2
     """Processes of each rank that decode; 0 decodes in the training process. Never changes a batch."""
     max_length: int = 0
-    """Longest text in tokens, longer ones are cut; 0 for the model's own bound."""
+    """Longest text in tokens, start and end counted, longer ones are cut; 0 for the tokenizer's own bound."""
     bucket_batches: int = 16
     """Batches that are sorted by caption length together, so that a batch's texts are about as long as each
     other; their samples and their order stay random. 1 for none."""
@@ -58,6 +46,14 @@ class LoaderConfig:
     """Set by the engine to the run's own."""
     augment: Augment = field(default_factory=Augment)
     captions: CaptionVariation = field(default_factory=CaptionVariation)
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0), ("max_length", 0), ("bucket_batches", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"loader.{name} must be at least {least}, got {value!r}")
+        if self.max_length == 1:
+            raise ConfigError("loader.max_length must be 0 (the tokenizer's own) or at least 2 (start and end token)")
 
 
 def plan(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, bucket_batches: int = 1) -> list[np.ndarray]:
@@ -107,15 +103,21 @@ def make_loader(
     """This rank's training batches of an epoch, from after the first `skip_samples` of it.
 
     Rank r takes rows r, r + ranks, ... of each global batch, so every rank makes the same number of steps.
-    Order, text and picture of a sample depend on (seed, epoch, sample) alone. A picture that can't be decoded
-    gives its place to the next readable one of the rank's batch, so that ranks stay in step, and is reported.
-    Raises DataError when the source is empty or no picture of a batch can be decoded, ConfigError when a
-    batch has fewer samples than there are ranks.
+    Order, text and picture of a sample depend on (seed, epoch, sample) alone.
+    skip_samples: a batch's `consumed`; any number of ranks and workers goes on from there without repeating or
+    losing a sample, as long as seed, batch_size and bucket_batches are the same.
+
+    The place of a picture that can't be decoded goes to the next readable one of the rank's rows, else of the
+    global batch, so that ranks stay in step; it is warned about once and counted in the source's `problems`.
+    Raises DataError when the source is empty or, on all ranks alike, no picture of a global batch can be
+    decoded; ConfigError when rank and ranks don't fit or a batch has fewer samples than there are ranks.
     """
     if len(source) == 0:
         raise DataError(f"{source.name}: no samples to train on")
+    if not 0 <= rank < ranks or skip_samples < 0:
+        raise ConfigError(f"expected 0 <= rank < ranks and skip_samples >= 0, got {rank}, {ranks}, {skip_samples}")
     batches = plan(
-        source.lengths,
+        np.asarray(source.lengths),
         config.batch_size,
         seed=config.seed,
         epoch=epoch,
@@ -123,13 +125,19 @@ def make_loader(
     )
     if min(map(len, batches)) < ranks:
         raise ConfigError(
-            f"a batch of {min(map(len, batches))} samples can't be shared by {ranks} ranks: "
-            "raise loader.batch_size, or train on fewer ranks"
+            f"{len(source)} samples in batches of {config.batch_size} leave one of {min(map(len, batches))}, "
+            f"too few for {ranks} ranks: set loader.batch_size to {2 * ranks} or more, or train on fewer ranks"
         )
     ends = np.cumsum([len(batch) for batch in batches]).tolist()
-    work = [(batch[rank::ranks].tolist(), end) for batch, end in zip(batches, ends, strict=True) if end > skip_samples]
-    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work)
-    return _reported(DataLoader(maker, batch_size=None, **_processes(config.workers)))
+    if skip_samples not in (0, *ends):
+        logger.warning(
+            "%s: no batch of epoch %d ends after %d samples, batch size or data were others before: "
+            "in the rest of this epoch some samples come twice or not at all",
+            source.name, epoch, skip_samples,
+        )  # fmt: skip
+    work = [(batch, end) for batch, end in zip(batches, ends, strict=True) if end > skip_samples]
+    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks)
+    return _reported(_started(maker, config.workers), source, training=True)
 
 
 def evaluation_batches(
@@ -139,37 +147,58 @@ def evaluation_batches(
     transform: ImageTransform,
     batch_size: int = 64,
     workers: int = 0,
+    limit: int | None = None,
 ) -> Iterable[Batch]:
-    """All samples in order, unchanged, with their first captions; unreadable ones are left out, reported."""
+    """All samples, or the first `limit`, in order, unchanged, with their first captions.
+
+    Pictures that can't be decoded are left out, warned about once and counted in the source's `problems`.
+    Raises DataError when the source is empty.
+    """
     if len(source) == 0:
         raise DataError(f"{source.name}: no samples to evaluate on")
-    numbers = [list(range(i, min(i + batch_size, len(source)))) for i in range(0, len(source), batch_size)]
-    work = [(part, part[-1] + 1) for part in numbers]
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ConfigError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}")
+    stop = len(source) if limit is None else min(limit, len(source))
+    work = [list(range(start, min(start + batch_size, stop))) for start in range(0, stop, batch_size)]
     maker = _EvaluationBatches(source, tokenizer, transform, work)
-    return _reported(DataLoader(maker, batch_size=None, **_processes(workers)))
+    return _reported(_started(maker, workers), source, training=False)
 
 
-def collate(
-    rows: Sequence[tuple[Sample, torch.Tensor, str]],
-    tokenizer: Tokenizer,
-    *,
-    consumed: int = 0,
-    skipped: Sequence[str] = (),
+@dataclass(frozen=True)
+class _Row:
+    """One sample as the model will see it."""
+
+    key: str
+    concept: str
+    pixels: torch.Tensor
+    """(3, H, W) float32."""
+    text: str
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """In place of a batch without a readable picture; an exception would come wrapped in a worker's trace."""
+
+    skipped: tuple[str, ...]
+
+
+def _collate(
+    rows: Sequence[_Row], tokenizer: Tokenizer, max_length: int, consumed: int, skipped: Sequence[str]
 ) -> Batch:
-    """Rows of (sample, pixels (3, H, W), text) as one batch."""
-    ids = [[stable_id(str(sample.meta.get("concept") or sample.key)), caption_id(text)] for sample, _, text in rows]
+    ids = [[stable_id(row.concept), caption_id(row.text)] for row in rows]
+    limit = min(max_length or tokenizer.max_length, tokenizer.max_length)
     return Batch(
-        torch.stack([pixels for _, pixels, _ in rows]),
-        tokenizer([text for _, _, text in rows]),
+        torch.stack([row.pixels for row in rows]),
+        tokenizer([row.text for row in rows], max_length=limit),
         torch.tensor(ids, dtype=torch.int64),
-        tuple(sample.key for sample, _, _ in rows),
+        tuple(row.key for row in rows),
         consumed,
         tuple(skipped),
     )
 
 
-class _TrainingBatches(Dataset[Batch]):
-    """Makes the batch with a number; lives in the workers."""
+class _TrainingBatches(Dataset[Batch | _Unreadable]):
+    """Makes this rank's part of the batch with a number; lives in the workers."""
 
     def __init__(
         self,
@@ -178,84 +207,110 @@ class _TrainingBatches(Dataset[Batch]):
         tokenizer: Tokenizer,
         transform: ImageTransform,
         epoch: int,
-        work: list[tuple[list[int], int]],
+        work: list[tuple[np.ndarray, int]],
+        rank: int,
+        ranks: int,
     ) -> None:
-        self.source, self.config, self.tokenizer = source, config, tokenizer
-        self.transform, self.epoch, self.work = transform, epoch, work
+        self.source, self.config, self.tokenizer, self.transform = source, config, tokenizer, transform
+        self.epoch, self.work, self.rank, self.ranks = epoch, work, rank, ranks
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, number: int) -> Batch:
-        numbers, consumed = self.work[number]
-        rows: list[tuple[Sample, torch.Tensor, str] | None] = []
-        skipped = []
-        for sample_number in numbers:
-            sample = self.source[sample_number]
-            rng = random.Random(stable_id(f"{self.config.seed}/{self.epoch}/{sample_number}"))
-            text = vary(sample.meta, rng, self.config.captions)
-            try:
-                image = decode_image(sample.image, name=sample.key)
-            except DataError as error:
-                skipped.append(str(error))
-                rows.append(None)
-                continue
-            image = augment(self.transform.fit(image), text, self.config.augment, rng)
-            rows.append((sample, self.transform.normalise(image), text))
-        readable = [row for row in rows if row is not None]
+    def __getitem__(self, number: int) -> Batch | _Unreadable:
+        batch, consumed = self.work[number]
+        skipped: list[str] = []
+        rows = [self._row(sample, skipped) for sample in batch[self.rank :: self.ranks].tolist()]
+        readable = [row for row in rows if row is not None] or self._borrowed(batch)
         if not readable:
-            raise DataError(f"{self.source.name}: no picture of a whole batch can be decoded: {skipped[0]}")
+            return _Unreadable(tuple(skipped))
         spare = iter(readable * len(rows))
         filled = [row if row is not None else next(spare) for row in rows]
-        return collate(filled, self.tokenizer, consumed=consumed, skipped=skipped)
+        return _collate(filled, self.tokenizer, self.config.max_length, consumed, skipped)
+
+    def _borrowed(self, batch: np.ndarray) -> list[_Row]:
+        """The first readable row of the other ranks, in a list; their own loaders tell what they skipped."""
+        for place, sample in enumerate(batch.tolist()):
+            row = None if place % self.ranks == self.rank else self._row(sample, [])
+            if row is not None:
+                return [row]
+        return []
+
+    def _row(self, number: int, skipped: list[str]) -> _Row | None:
+        """The changed sample; where it can't be read, None, and the reason is added to `skipped`."""
+        size = self.transform.size
+        try:
+            sample = self.source[number]
+            # Twice the side that is needed, so that the resize still has something to average.
+            image = decode_image(sample.image, name=sample.key, min_side=2 * size)
+        except DataError as error:
+            skipped.append(str(error))
+            return None
+        rng = random.Random(stable_id(f"{self.config.seed}/{self.epoch}/{number}"))
+        text = vary(sample.meta, rng, self.config.captions)
+        # The picture must also stay a positive of its other captions.
+        said = "; ".join([text, *sample.meta["captions"]])
+        image = augment(self.transform.fit(image), said, self.config.augment, rng)
+        return _Row(sample.key, self.source.concepts[number], self.transform.normalise(image), text)
 
 
-class _EvaluationBatches(Dataset["Batch | list[str]"]):
+class _EvaluationBatches(Dataset[Batch | _Unreadable]):
     """Makes the batch with a number, unchanged pictures and first captions."""
 
-    def __init__(
-        self,
-        source: Source,
-        tokenizer: Tokenizer,
-        transform: ImageTransform,
-        work: list[tuple[list[int], int]],
-    ) -> None:
+    def __init__(self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]]) -> None:
         self.source, self.tokenizer, self.transform, self.work = source, tokenizer, transform, work
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, number: int) -> Batch | list[str]:
-        numbers, consumed = self.work[number]
+    def __getitem__(self, number: int) -> Batch | _Unreadable:
         rows, skipped = [], []
-        for sample_number in numbers:
-            sample = self.source[sample_number]
+        for place in self.work[number]:
             try:
+                sample = self.source[place]
                 pixels = self.transform(decode_image(sample.image, name=sample.key))
             except DataError as error:
                 skipped.append(str(error))
                 continue
-            rows.append((sample, pixels, first_caption(sample.meta)))
+            rows.append(_Row(sample.key, self.source.concepts[place], pixels, first_caption(sample.meta)))
         if not rows:
-            return skipped
-        return collate(rows, self.tokenizer, consumed=consumed, skipped=skipped)
+            return _Unreadable(tuple(skipped))
+        return _collate(rows, self.tokenizer, 0, self.work[number][-1] + 1, skipped)
 
 
-def _reported(loader: Iterable[Batch | list[str]]) -> Iterator[Batch]:
-    """The batches, with a warning for each picture that was skipped on the way."""
+def _reported(loader: Iterable[Batch | _Unreadable], source: Source, *, training: bool) -> Iterator[Batch]:
+    """The batches, what was skipped on the way told and counted."""
     for batch in loader:
-        skipped = batch if isinstance(batch, list) else batch.skipped
-        for message in skipped:
-            logger.warning("skipped: %s", message)
-        if not isinstance(batch, list):
+        for message in batch.skipped:
+            _report(source, message)
+        if isinstance(batch, Batch):
             yield batch
+        elif training:
+            raise DataError(f"{source.name}: no picture of a whole batch can be decoded, first {batch.skipped[0]}")
 
 
-def _processes(workers: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    if workers:
-        settings |= {"prefetch_factor": 4, "worker_init_fn": _one_thread}
-    return settings
+def _report(source: Source, message: str) -> None:
+    """Warn of a picture when it is met first, as long as the source remembers which those were."""
+    problems = source.problems
+    told = problems.examples.get(UNREADABLE, [])
+    if message not in told and len(told) < problems.keep:
+        logger.warning("%s: left out: %s", source.name, message)
+        if len(told) == problems.keep - 1:
+            logger.warning("%s: further pictures that can't be decoded are only counted", source.name)
+    problems.add(UNREADABLE, message)
+
+
+def _started(batches: Dataset[Batch | _Unreadable], workers: int) -> Iterable[Batch | _Unreadable]:
+    """A DataLoader over whole batches; its generator keeps it from drawing on the training's own."""
+    settings: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _one_thread} if workers else {}
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        **settings,
+    )
 
 
 def _one_thread(_: int) -> None:
