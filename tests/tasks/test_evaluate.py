@@ -236,7 +236,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_features_are_unit_and_in_order(colours: Any) -> None:
-    found = source_features(colour_model(), colours, batch_size=4)
+    model = colour_model()
+    found = source_features(model, colours, batch_size=4)
+    assert model.network.image_rows == [4, 2]
     assert found.keys == tuple(colours.keys)
-    torch.testing.assert_close(found.image.norm(dim=1), torch.ones(6))
-    assert found.text.shape == (6, 3) and found.ids.shape == (6, 2)
+    assert found.ids.shape == (6, 2)
+    for number in range(6):
+        picture = model.encode_image(model.pixels(colours[number].image))
+        caption = model.encode_text(model.tokens(colours.meta(number)["captions"][0]))
+        torch.testing.assert_close(found.image[number], picture[0])
+        torch.testing.assert_close(found.text[number], caption[0])

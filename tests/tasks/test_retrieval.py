@@ -85,9 +85,9 @@ def test_the_seed_draws_the_galleries(tmp_path: Path) -> None:
     rows = [(p, f"thing {n}", f"c{n}") for n, p in enumerate(noise(30))]
     source = captioned(tmp_path / "a", rows)
     model = random_model()
-    first, again = (evaluate_retrieval(model, source, gallery=10, seed=1).as_dict() for _ in range(2))
-    assert first == again
-    assert first != evaluate_retrieval(model, source, gallery=10, seed=2).as_dict()
+    first, again, other = (evaluate_retrieval(model, source, gallery=10, seed=seed) for seed in (1, 1, 2))
+    assert first.as_dict() == again.as_dict()
+    assert values(first) != values(other)  # the recalls themselves, not their intervals alone
 
 
 def test_distractors_are_only_candidates(tmp_path: Path) -> None:
