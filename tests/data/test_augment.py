@@ -170,6 +170,25 @@ def test_background_is_what_the_border_reaches() -> None:
         assert replace_background(photo, (0, 255, 0)).tobytes() == photo.tobytes()
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_background_is_reached_from_each_side(turns: int) -> None:
+    cup = np.full((40, 40, 3), 255, np.uint8)  # open on one side only
+    cup[10:30, 10:30] = 50
+    cup[15:25, 15:30] = 255
+    cup, inside = np.rot90(cup, turns), np.rot90(np.pad(np.ones((1, 1), bool), ((20, 19), (20, 19))), turns)
+    changed = np.array(replace_background(Image.fromarray(np.ascontiguousarray(cup)), (0, 255, 0)))
+    assert (
+        changed[inside].tolist() == [[0, 255, 0]] and (changed == 50).all(axis=2).sum() == (cup == 50).all(axis=2).sum()
+    )
+
+
+def test_a_photo_with_a_white_sky_keeps_it() -> None:
+    pixels = np.array(noise(40, 40))
+    pixels[:12] = 255
+    photo = Image.fromarray(pixels)
+    assert replace_background(photo, (0, 255, 0)).tobytes() == photo.tobytes()
+
+
 def test_the_frame_around_has_the_new_background() -> None:
     for seed in range(20):
         made = np.array(
