@@ -1,0 +1,148 @@
+"""`vlm train clip` from a folder of pictures to a model that loads; resume; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import vlm
+from tests.train.small import ALONE, spawn
+from vlm.apps.cli import app
+from vlm.errors import ConfigError, DataError, TrainingError, WeightsError
+from vlm.models.clip import ClipConfig
+from vlm.models.transformer import TransformerConfig
+from vlm.train.clip import ClipRun, read_run_config, train_clip
+from vlm.train.config import load_config, named_config
+from vlm.train.metrics import read_metrics
+
+SMALL = [
+    "model.embed_dim=16",
+    "model.image={image_size: 32, patch_size: 16, width: 32, layers: 2, heads: 2, mlp_width: 64, patch_dropout: 0.25}",
+    "model.text={vocab_size: 30522, context_length: 32, width: 32, layers: 2, heads: 2, mlp_width: 64, token_types: 2}",
+    "start=[]", "validation=[]", "loader.batch_size=8", "loader.workers=0", "train.steps=6", "train.log_every=1",
+    "train.save_every=2", "train.optim.freeze=[]", "train.optim.lr_scale={}", "train.optim.warmup=2",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Sixteen pictures of four colours with texts beside them, one of them broken."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 220), "black": (10, 10, 10)}
+    for number in range(16):
+        name, colour = list(colours.items())[number % 4]
+        pixels = np.full((40, 30, 3), 255, np.uint8)
+        pixels[8:30, 5:20] = colour
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+        (root / f"{number:02d}.txt").write_text(f"a {name} box number {number}\n{name}\n")
+    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (root / "broken.txt").write_text("never seen")
+    return root
+
+
+def settings(folder: Path, *more: str) -> ClipRun:
+    return load_config(ClipRun, named_config("clip", "tiny"), [*SMALL, f"data={json.dumps([str(folder)])}", *more])
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"}
+
+
+def test_command_trains_a_model_that_classifies(folder, tmp_path):
+    run = tmp_path / "run"
+    result = CliRunner().invoke(
+        app, ["train", "clip", "--data", str(folder), "--out", str(run), "--device", "cpu", *SMALL]
+    )
+    assert result.exit_code == 0, result.output + str(result.exception)
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    for place in (run, run / "model", run / "checkpoints" / "step-00000006" / "model"):
+        model = vlm.load(place, device="cpu")
+        found = vlm.ZeroShotClassifier(model, ["red", "blue"]).predict(folder / "00.png")
+        assert sum(p.score for p in found) == pytest.approx(1, abs=1e-5)
+    described = json.loads((run / "manifest.json").read_text())
+    assert described["samples"] == 17 and described["packages"]["torch"]
+    assert read_run_config(run) == settings(folder)
+
+
+def test_resume_goes_on_with_the_same_losses_for_any_worker_count(folder, tmp_path):
+    train_clip(settings(folder), tmp_path / "whole", ALONE, progress=False)
+    cut = tmp_path / "cut"
+    train_clip(settings(folder, "train.save_every=3"), cut, ALONE, progress=False)
+    # As after a kill between two checkpoints: the last one is gone, later metrics are there.
+    for name in ("model", "checkpoints/step-00000006"):
+        for path in sorted((cut / name).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        (cut / name).rmdir()
+    again = read_run_config(cut, ["loader.workers=2"])
+    train_clip(again, cut, ALONE, resume=True, progress=False)
+    assert losses(cut) == losses(tmp_path / "whole")
+    ours, theirs = (vlm.load(run, device="cpu").network.state_dict() for run in (cut, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_equal_one(folder, tmp_path):
+    more = ("model.image.patch_dropout=0", "train.precision=fp32")
+    train_clip(settings(folder, *more), tmp_path / "one", ALONE, progress=False)
+    spawn(two, str(folder), str(tmp_path / "two"), more)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def two(here, folder, run, more):
+    train_clip(settings(Path(folder), *more), Path(run), here, progress=False)
+
+
+def test_next_stage_of_training_starts_from_a_run(folder, tmp_path):
+    train_clip(settings(folder), tmp_path / "first", ALONE, progress=False)
+    start = f"start={json.dumps([str(tmp_path / 'first')])}"
+    train_clip(settings(folder, start, "train.optim.lr=0", "train.steps=1"), tmp_path / "second", ALONE, progress=False)
+    first, second = (vlm.load(tmp_path / name, device="cpu").network.state_dict() for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
+    train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
+    with pytest.raises(TrainingError, match=r"holds a run already.*--resume"):
+        train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--config", "tny"], ConfigError, "did you mean 'tiny'"),
+        (["train.epochz=3"], ConfigError, "did you mean 'epochs'"),
+        (["--data", "/no/such/place"], DataError, "no such"),
+        (["--resume"], ConfigError, "no run to resume"),
+        (["--start", "/no/such/model", *SMALL], WeightsError, "nothing to start from"),
+        (["--device", "tpu"], ConfigError, "expected auto, cpu, cuda"),
+        (["model.text.vocab_size=100"], ConfigError, r"model\.text\.vocab_size is 100"),
+    ],
+)
+def test_bad_input_says_what_to_do(folder, tmp_path, arguments, error, message):
+    command = ["train", "clip", "--out", str(tmp_path / "run"), *arguments]
+    if "--data" not in arguments and "--resume" not in arguments:
+        command += ["--data", str(folder)]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, error), result.output + repr(result.exception)
+    assert __import__("re").search(message, str(result.exception)), result.exception
+
+
+def test_shipped_configurations_are_valid():
+    tiny = load_config(ClipRun, named_config("clip", "tiny"))
+    base = load_config(ClipRun, named_config("clip", "base"))
+    assert tiny.model.text == TransformerConfig(token_types=2) and isinstance(base.model, ClipConfig)
+    assert tiny.model.image.image_size == 96
