@@ -62,9 +62,12 @@ class Augment:
     """Chance that all colour is taken away, where the caption names none."""
     background: float = 0.0
     """Chance of another colour in place of a white background."""
+    outline: float = 0.0
+    """Chance that edges become dark lines, as other artists draw; half of these pictures keep the lines alone,
+    where the caption names no colour."""
 
     def __post_init__(self) -> None:
-        bounds = dict.fromkeys(("flip", "brightness", "contrast", "saturation", "grey", "background"), (0.0, 1.0))
+        bounds = dict.fromkeys(("flip", "brightness", "contrast", "saturation", "grey", "background", "outline"), (0.0, 1.0))
         bounds |= {"crop": (0.01, 1.0), "shrink": (1.0, 100.0), "stretch": (0.0, 2.0)}
         bounds |= {"rotate": (0.0, 180.0), "hue": (0.0, 180.0)}
         for name, (low, high) in bounds.items():
@@ -93,6 +96,9 @@ def augment(image: Image.Image, caption: str, config: Augment, rng: random.Rando
         fill = _colour(rng)
         image = replace_background(image, fill)
     image = _moved(image, caption, config, rng, fill)
+    if config.outline and rng.random() < config.outline:
+        lines_alone = rng.random() < 0.5 and colour_safe(caption)
+        image = draw_outlines(image, rng.choice((3, 3, 5)), fill if lines_alone else None)
     return _recoloured(image, caption, config, rng)
 
 
@@ -111,6 +117,28 @@ def replace_background(image: Image.Image, colour: tuple[int, int, int]) -> Imag
     reached |= np.logical_and.accumulate(white[:, ::-1], axis=1)[:, ::-1]
     pixels[reached] = colour
     return Image.fromarray(pixels)
+
+
+def draw_outlines(image: Image.Image, width: int, paper: tuple[int, int, int] | None = None) -> Image.Image:
+    """Draw the edges of a picture as black lines, over it or, with a colour for `paper`, alone on that.
+
+    width: odd pixels of the neighbourhood that an edge is looked for in; lines get nearly as wide.
+    """
+    pixels = np.array(image)  # (H, W, 3)
+    edges = (_spread(pixels, width, np.maximum) - _spread(pixels, width, np.minimum)).max(axis=2)  # (H, W)
+    ink = Image.fromarray(np.clip(4 * (edges.astype(np.int16) - 32), 0, 255).astype(np.uint8))
+    under = image if paper is None else Image.new("RGB", image.size, paper)
+    return Image.composite(Image.new("RGB", image.size), under, ink)
+
+
+def _spread(pixels: np.ndarray, width: int, pick: np.ufunc) -> np.ndarray:
+    """What `pick` (np.maximum, np.minimum) gives over the width x width neighbourhood of each pixel."""
+    for axis in (0, 1):
+        pad = [(0, 0)] * pixels.ndim
+        pad[axis] = (width // 2, width // 2)
+        views = np.lib.stride_tricks.sliding_window_view(np.pad(pixels, pad, "edge"), width, axis)
+        pixels = pick.reduce([views[..., shift] for shift in range(width)])
+    return pixels
 
 
 def _moved(
