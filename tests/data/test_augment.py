@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
-from vlm.data.augment import Augment, augment, colour_safe, flip_safe, replace_background
+from vlm.data.augment import Augment, augment, colour_safe, draw_outlines, flip_safe, replace_background
 from vlm.errors import ConfigError
 
 EVERYTHING = Augment(
     crop=0.7, shrink=1.3, stretch=0.2, rotate=15, flip=0.5, brightness=0.2, contrast=0.2, saturation=0.4, hue=15,
-    grey=0.2, background=0.5,
+    grey=0.2, background=0.5, outline=0.5,
 )  # fmt: skip
 WHITE = (255, 255, 255)
 
@@ -219,3 +219,27 @@ def test_any_setting_gives_a_picture(
     config = Augment(crop, shrink, chance, degrees, chance, chance, chance, chance, degrees, chance, chance)
     made = augment(noise(width, height), "a thing", config, random.Random(seed))
     assert made.size == (width, height) and made.mode == "RGB"
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_outlines_are_where_pillows_rank_filters_see_edges(width: int) -> None:
+    image = drawing(40, 30)
+    lightest, darkest = image.filter(ImageFilter.MaxFilter(width)), image.filter(ImageFilter.MinFilter(width))
+    edge = (np.asarray(lightest).astype(int) - np.asarray(darkest)).max(axis=2)
+    alone = np.asarray(draw_outlines(image, width, (10, 200, 90)))
+    assert (alone[edge > 100] == 0).all() and (alone[edge < 32] == (10, 200, 90)).all()
+    over = np.asarray(draw_outlines(image, width))
+    assert (over[edge > 100] == 0).all() and (over[edge < 32] == np.asarray(image)[edge < 32]).all()
+
+
+def test_lines_alone_spare_pictures_whose_caption_names_a_colour() -> None:
+    config = Augment(outline=1.0)
+    red = [np.asarray(augment(drawing(), "a red disc", config, random.Random(seed))) for seed in range(20)]
+    any_ = [np.asarray(augment(drawing(), "a disc", config, random.Random(seed))) for seed in range(20)]
+
+    def coloured(pixels: np.ndarray) -> bool:
+        return bool((np.ptp(pixels.astype(int), axis=2) > 100).any())
+
+    assert all(coloured(pixels) for pixels in red)
+    assert 3 < sum(coloured(pixels) for pixels in any_) < 17
+    assert all((pixels == 0).all(axis=2).any() for pixels in red + any_)

@@ -174,7 +174,8 @@ def test_joined(tmp_path: Path) -> None:
     source = open_source(f"{table}, {shards[0]}")
     assert isinstance(source, Joined) and len(source) == 5
     assert source.keys == ["a.png", "sub/b.png", "k0", "k1", "k2"]
-    assert source.concepts == ["a.png", "sub/b.png", "c0", "c1", "c0"] and source.lengths.tolist() == [3, 3, 7, 7, 7]
+    assert source.concepts == ["0/a.png", "0/sub/b.png", "c0", "c1", "c0"]
+    assert source.lengths.tolist() == [3, 3, 7, 7, 7]
     assert [source.meta(i)["captions"][0] for i in range(5)] == ["one", "two", "thing 0", "thing 1", "thing 2"]
     assert [source[i].key for i in range(5)] == source.keys and source[4].image == picture(2)
     assert source.problems.total == 1
@@ -297,3 +298,12 @@ def test_every_built_in_name_is_offered() -> None:
     with pytest.raises(DataError) as raised:
         open_source("nowhere")
     assert all(name in str(raised.value) for name in BUILT_IN)
+
+
+def test_equal_file_names_of_two_folders_are_two_concepts(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture(1))
+        (tmp_path / name / "1.txt").write_text(f"thing of {name}")
+    source = open_source([tmp_path / "one", tmp_path / "two"])
+    assert source.keys == ["1.png", "1.png"] and len(set(source.concepts)) == 2

@@ -67,7 +67,8 @@ class Augment:
     where the caption names no colour."""
 
     def __post_init__(self) -> None:
-        bounds = dict.fromkeys(("flip", "brightness", "contrast", "saturation", "grey", "background", "outline"), (0.0, 1.0))
+        shares = ("flip", "brightness", "contrast", "saturation", "grey", "background", "outline")
+        bounds = dict.fromkeys(shares, (0.0, 1.0))
         bounds |= {"crop": (0.01, 1.0), "shrink": (1.0, 100.0), "stretch": (0.0, 2.0)}
         bounds |= {"rotate": (0.0, 180.0), "hue": (0.0, 180.0)}
         for name, (low, high) in bounds.items():

@@ -98,7 +98,12 @@ class Joined:
         self.parts = list(parts)
         self.name = ", ".join(part.name for part in parts)
         self.keys = [key for part in parts for key in part.keys]
-        self.concepts = [concept for part in parts for concept in part.concepts]
+        # A sample without a concept has its key for one, and two folders may each hold a 1.jpg.
+        self.concepts = [
+            f"{number}/{concept}" if concept == key else concept
+            for number, part in enumerate(parts)
+            for concept, key in zip(part.concepts, part.keys, strict=True)
+        ]
         self.lengths = np.concatenate([part.lengths for part in parts])
         self.problems = Problems()
         for part in parts:

@@ -123,6 +123,8 @@ def save_model(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        # safetensors makes files that their owner alone can read; others get what any new file here would give.
+        (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)
         tokenizer.save(temporary)
         (temporary / CARD).write_text(card or f"# {name}\n\nA {family} model written by vlm.\n", "utf-8")
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")

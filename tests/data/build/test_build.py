@@ -121,9 +121,18 @@ def test_alike_web_pictures_share_a_split_and_evaluation_drops_what_training_sho
     trained = next(n for n in range(60) if web_split(names[n]) == "web-train" and n != twin)
     items.append(Item("open", Path("open"), "openmoji", "o", OPENMOJI, {}))
     images.append(images[trained])
-    splits, left_out = assign(items, images)
+    splits, left_out = assign(items, images, images)
     assert splits[60] == splits[twin]
     assert splits[61] == "" and left_out["unseen-artist"] == 1
+
+
+def test_pictures_that_only_compression_makes_alike_are_left_out():
+    names = [f"clip:{i}" for i in range(40)]
+    items = [item(name, "web", name) for name in names] + [Item("open", Path("o"), "openmoji", "o", OPENMOJI, {})]
+    images = [drawing(i) for i in range(41)]
+    trained = next(n for n in range(40) if web_split(names[n]) == "web-train")
+    assert assign(items, images, images)[0][40] == "unseen-artist"
+    assert assign(items, images, [*images[:40], images[trained]])[0][40] == ""
 
 
 def test_copies_merge_their_texts_and_keys_differ():

@@ -14,10 +14,11 @@ from PIL import Image
 from vlm.data.build.human import human_items, read_concepts
 from vlm.data.build.items import Item
 from vlm.data.build.packages import CLIPART, EMOJIBASE, PACKAGES, fetch
-from vlm.data.build.render import render
+from vlm.data.build.render import encode, render
 from vlm.data.build.split import assign
 from vlm.data.build.web import read_uploads, web_items
 from vlm.data.build.write import write_set
+from vlm.data.images import decode_image
 from vlm.errors import DataError
 
 logger = logging.getLogger("vlm.data")
@@ -28,7 +29,8 @@ class Drawn:
     """A picture ready to be written."""
 
     item: Item
-    image: Image.Image
+    content: bytes
+    """The encoded picture."""
     split: str
 
 
@@ -54,10 +56,12 @@ def build(out: Path, *, work: Path, workers: int = 2) -> dict[str, Any]:
                 images.append(image)
     drawn, images, same = merge_identical(drawn, images)
     left_out["web: the very same picture again (its texts are kept)"] = same
-    splits, alike = assign(drawn, images)
+    with ProcessPoolExecutor(workers) as pool:
+        contents = list(pool.map(encode, images, chunksize=64))
+    splits, alike = assign(drawn, images, [decode_image(content) for content in contents])
     for split, count in alike.items():
         left_out[f"{split}: looks like a picture of another split"] = count
-    ready = [Drawn(*row) for row in zip(drawn, images, splits, strict=True) if row[2]]
+    ready = [Drawn(*row) for row in zip(drawn, contents, splits, strict=True) if row[2]]
     return write_set(out, ready, concepts, left_out, folders)
 
 

@@ -32,16 +32,22 @@ def web_split(cluster: str) -> str:
     return "web-val" if place < 0.05 else "web-test" if place < 0.1 else "web-train"
 
 
-def assign(items: Sequence[Item], images: Sequence[Image.Image]) -> tuple[list[str], Counter[str]]:
+def assign(
+    items: Sequence[Item], images: Sequence[Image.Image], stored: Sequence[Image.Image]
+) -> tuple[list[str], Counter[str]]:
     """The split of each item, empty for those left out, and how many were left out of each split.
 
     Web pictures that look alike join one cluster with their siblings. Then an evaluation picture that looks
     like a training picture, or like one of an earlier evaluation split, is left out: what is measured was
     never seen.
+
+    images, stored: each item's picture as drawn and as a reader of the shards gets it. Alike in either is
+    alike, since compression moves a pair over the limit now and then.
     """
-    hashes, grids = signatures(images)
+    looks = signatures(images), signatures(stored)
+    drawn = looks[0]
     web = [number for number, item in enumerate(items) if item.kind == "web"]
-    roots = _web_clusters(items, web, near_identical(_take(hashes, grids, web), _take(hashes, grids, web)))
+    roots = _web_clusters(items, web, near_identical(_take(drawn, web), _take(drawn, web)))
     splits = []
     for number, item in enumerate(items):
         if item.kind == "web":
@@ -52,15 +58,16 @@ def assign(items: Sequence[Item], images: Sequence[Image.Image]) -> tuple[list[s
     seen = [number for number, split in enumerate(splits) if split in TRAIN]
     for split in EVALUATION:
         mine = [number for number, found in enumerate(splits) if found == split]
-        alike = near_identical(_take(hashes, grids, mine), _take(hashes, grids, seen))
-        for place in {i for i, _ in alike}:
+        alike = {i for look in looks for i, _ in near_identical(_take(look, mine), _take(look, seen))}
+        for place in alike:
             splits[mine[place]] = ""
             left_out[split] += 1
         seen += [number for number in mine if splits[number]]
     return splits, left_out
 
 
-def _take(hashes: np.ndarray, grids: np.ndarray, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _take(look: tuple[np.ndarray, np.ndarray], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    hashes, grids = look
     return hashes[rows], grids[rows]
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.data.build.human import Concept
 from vlm.data.build.packages import OPENMOJI, PACKAGES, Package
-from vlm.data.build.render import encode
 from vlm.data.samples import stable_id
 from vlm.data.shards import ShardWriter
 
@@ -51,7 +50,7 @@ def write_set(
         rows = sorted(by_split[split], key=lambda one: stable_id(one.item.key))
         with ShardWriter(str(folder / f"{split}-{{:05d}}.tar.gz"), samples=SAMPLES) as writer:
             for one in rows:
-                writer.write(one.item.key, encode(one.image), "webp", one.item.described(split))
+                writer.write(one.item.key, one.content, "webp", one.item.described(split))
         for number, path in enumerate(writer.shards):
             part = rows[number * SAMPLES : (number + 1) * SAMPLES]
             shards.append(_shard_entry(path, out, split, part))
