@@ -63,11 +63,12 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"}
 
 
-def test_command_trains_a_model_that_classifies(folder, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_command_trains_a_model_that_classifies(folder, tmp_path, precision):
     run = tmp_path / "run"
-    result = CliRunner().invoke(
-        app, ["train", "clip", "--data", str(folder), "--out", str(run), "--device", "cpu", *SMALL]
-    )
+    more = [f"train.precision={precision}", f"validation={json.dumps([str(folder)])}"]
+    options = ["--data", str(folder), "--out", str(run), "--device", "cpu"]
+    result = CliRunner().invoke(app, ["train", "clip", *options, *SMALL, *more])
     assert result.exit_code == 0, result.output + str(result.exception)
     assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
     for place in (run, run / "model", run / "checkpoints" / "step-00000006" / "model"):
@@ -76,7 +77,8 @@ def test_command_trains_a_model_that_classifies(folder, tmp_path):
         assert sum(p.score for p in found) == pytest.approx(1, abs=1e-5)
     described = json.loads((run / "manifest.json").read_text())
     assert described["samples"] == 17 and described["packages"]["torch"]
-    assert read_run_config(run) == settings(folder)
+    assert any(line["kind"] == "evaluate" for line in read_metrics(run / "metrics.jsonl"))
+    assert read_run_config(run) == settings(folder, *more)
 
 
 def test_resume_goes_on_with_the_same_losses_for_any_worker_count(folder, tmp_path):

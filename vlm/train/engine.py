@@ -171,7 +171,8 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         self.network.eval()
         swap = contextlib.nullcontext() if self.average is None else self.average.applied()
-        with swap, torch.no_grad(), self._autocast():
+        # In the weights' own precision: figures then equal those of the exported model.
+        with swap, torch.no_grad():
             figures = self.job.evaluate(unwrapped(self.network)) if self.job.evaluate else {}
         self.network.train()
         return figures
