@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(measure_memory(options)))
         return
     memory = {side: memory_of(side, options) for side in ("ours", "open_clip")}
-    result = measure_speed(options) | {"memory": memory}
+    words = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "benchmarks/train_clip.py", *words])
+    result = {"command": command} | measure_speed(options) | {"memory": memory}
     name = options.name or f"train_clip-{options.preset}-{result['device']}"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -61,6 +61,16 @@ def test_export_to_our_own_and_back(run: Run, model: str, tmp_path: Path) -> Non
     torch.testing.assert_close(first, second)
 
 
+def test_export_in_half_precision(run: Run, model: str, tmp_path: Path) -> None:
+    for name in ("fp32", "fp16"):
+        done = run("export", "-m", model, "--to", "vlm", "--dtype", name, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "fp16"))
+    assert 1.8 < whole / half < 2.1
+    assert "did you mean 'fp16'" in run("export", "-m", model, "--dtype", "fp6", "--out", tmp_path / "x").err
+    assert "use --to vlm" in run("export", "-m", model, "--dtype", "fp16", "--out", tmp_path / "x").err
+
+
 @pytest.mark.parametrize("to", ["hf", "open_clip"])
 def test_a_bidirectional_text_tower_goes_nowhere_else(run: Run, model: str, tmp_path: Path, to: str) -> None:
     done = run("export", "--model", model, "--to", to, "--out", tmp_path / "copy")

@@ -245,7 +245,7 @@ def test_empty_epoch_is_an_error(tmp_path):
         trainer(tmp_path, job={"batches": lambda epoch, skip: iter(())}).fit()
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_learns(tmp_path, precision):
     made = trainer(tmp_path, steps=30, precision=precision)
     made.fit()

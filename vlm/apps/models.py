@@ -26,19 +26,27 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     model: Model = DEFAULT_MODEL,
     to: Annotated[str, typer.Option("--to", help="vlm, hf (transformers' CLIPModel) or open_clip.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="Type of the stored numbers: fp32, fp16 or bf16; for --to vlm.")] = "fp32",
     device: Device = "cpu",
 ) -> None:
     """Write a model as another library reads it."""
+    import torch
+
     from vlm.errors import ConfigError, nearest
     from vlm.weights.export import export_hf, export_open_clip
 
     kinds = ("vlm", "hf", "open_clip")
     if to not in kinds:
         raise ConfigError(f"--to {to!r}{nearest(to, kinds)}: expected one of {', '.join(kinds)}")
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if dtype not in types:
+        raise ConfigError(f"--dtype {dtype!r}{nearest(dtype, types)}: expected one of {', '.join(types)}")
+    if to != "vlm" and dtype != "fp32":
+        raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
     check_output(out, folder=True)
     loaded = load_model(model, device)
     if to == "vlm":
-        loaded.save(out)
+        loaded.save(out, dtype=types[dtype])
     else:
         {"hf": export_hf, "open_clip": export_open_clip}[to](loaded, out)
     typer.echo(f"{loaded.name} written to {out}")

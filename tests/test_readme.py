@@ -1,0 +1,79 @@
+"""README: its Python runs, its commands exist with their options, its figures are those of the result files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from vlm.train.clip import ClipRun
+from vlm.train.config import load_config, named_config
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+CARD = ROOT / "vlm" / "assets" / "tiny-clip" / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    split = [shlex.split(line, comments=True) for line in lines]
+    vlm = [words[1:] for words in split if words and words[0] == "vlm"]
+    return vlm + [words[words.index("vlm.apps.cli") + 1 :] for words in split if "vlm.apps.cli" in words]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_are_understood(words: list[str]) -> None:
+    from vlm.apps.cli import app
+
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    context = command.make_context(command.name, list(words))  # raises on an unknown option or a wrong value
+    if command.name == "clip":
+        settings = context.params["overrides"] or []
+        load_config(ClipRun, named_config("clip", context.params["config"]), settings)
+
+
+def test_there_are_commands_and_programs() -> None:
+    assert len(commands()) > 8 and len(blocks("python")) >= 3
+
+
+def test_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    for block in blocks("python")[:2]:  # the third loads from hubs
+        exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].split()[0] == "frog"
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"])
+def test_figures_are_those_of_the_result_files(name: str) -> None:
+    results = ROOT / "benchmarks" / "results"
+    values = json.loads((results / f"{name}.json").read_text("utf-8"))
+    assert values["command"].startswith("python benchmarks/") and values["machine"]
+    rows = [line for line in (results / f"{name}.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    assert len(rows) > 2
+    assert [row for row in rows if row not in README] == []
+
+
+def test_card_quotes_the_same_figures() -> None:
+    card = CARD.read_text("utf-8")
+    rows = (ROOT / "benchmarks" / "results" / "tiny-clip.md").read_text("utf-8").splitlines()
+    assert [row for row in rows if row.startswith("| ") and row not in card] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/README.md", "vlm/assets/tiny-clip/README.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text("utf-8"))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert missing == []
