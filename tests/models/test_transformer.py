@@ -138,6 +138,15 @@ def test_cache_follows_its_beams() -> None:
     close(step[:, 0], model(model.embed(chosen))[:, -1])
 
 
+def test_cache_of_the_upper_layers_alone() -> None:
+    model, x = build(CAUSAL), build(CAUSAL).embed(words(2, 5))
+    upper = slice(1, None)
+    cache = KVCache()
+    parts = [model(x[:, :3], layers=upper, cache=cache), model(x[:, 3:], layers=upper, cache=cache)]
+    assert cache.length == 5
+    close(torch.cat(parts, dim=1), model(x, layers=upper))
+
+
 def test_cache_bypasses_checkpointing() -> None:
     model, ids = build(CAUSAL).train(), words(2, 4)
     model.checkpointing = True

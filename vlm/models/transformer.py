@@ -64,28 +64,27 @@ class KeyValues(NamedTuple):
 
 
 class KVCache:
-    """Self-attention keys and values of the tokens seen so far, a pair for each layer."""
+    """Self-attention keys and values of the tokens seen so far, a pair for each layer that ran."""
 
     def __init__(self) -> None:
-        self.layers: list[KeyValues] = []
+        self.layers: dict[int, KeyValues] = {}
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return self.layers[0].keys.shape[2] if self.layers else 0
+        return next((kv.keys.shape[2] for kv in self.layers.values()), 0)
 
     def append(self, layer: int, new: KeyValues) -> KeyValues:
         """Join `new` to what layer number `layer` holds and return the whole."""
-        if layer == len(self.layers):
-            self.layers.append(new)
-        else:
-            old = self.layers[layer]
-            self.layers[layer] = KeyValues(*(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)))
-        return self.layers[layer]
+        old = self.layers.get(layer)
+        if old is not None:
+            new = KeyValues(*(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)))
+        self.layers[layer] = new
+        return new
 
     def reorder(self, rows: Tensor) -> None:
         """Keep the batch rows named in `rows` (B',), as beam search does after choosing its beams."""
-        self.layers = [KeyValues(kv.keys[rows], kv.values[rows]) for kv in self.layers]
+        self.layers = {layer: KeyValues(kv.keys[rows], kv.values[rows]) for layer, kv in self.layers.items()}
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
