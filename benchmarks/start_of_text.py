@@ -36,9 +36,9 @@ COLUMNS = {
 
 def train(run: Path, settings: list[str]) -> None:
     """Train, or go on with, one run."""
-    command = [sys.executable, "-m", "vlm.apps.cli", "train", "clip", "--config", "tiny", "--out", str(run)]
-    command += ["--resume"] if (run / "config.yaml").is_file() else []
-    subprocess.run([*command, *settings], check=True)
+    command = [sys.executable, "-m", "vlm.apps.cli", "train", "clip", "--out", str(run)]
+    rest = ["--resume"] if (run / "config.yaml").is_file() else ["--config", "tiny", *settings]
+    subprocess.run([*command, *rest], check=True)
 
 
 def figure_at(jobs: dict[str, Any], path: tuple[str, ...]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def test_commands_are_understood(words: list[str]) -> None:
     context = command.make_context(command.name, list(words))  # raises on an unknown option or a wrong value
     if command.name == "clip":
         settings = context.params["overrides"] or []
-        load_config(ClipRun, named_config("clip", context.params["config"]), settings)
+        load_config(ClipRun, named_config("clip", context.params["config"] or "tiny"), settings)
 
 
 def test_there_are_commands_and_programs() -> None:

@@ -10,6 +10,10 @@ class VlmError(Exception):
     """Base of all errors meant for the user: the command line prints the message alone and exits with 2."""
 
 
+class MissingVerbError(VlmError, AttributeError):
+    """A model of this family can't do what was asked of it; another stage's can."""
+
+
 class DataError(VlmError):
     """A picture, caption, shard or data source can't be used."""
 

@@ -56,7 +56,7 @@ def test_bytes_are_the_same_each_time_and_content_decides_the_fingerprint(tmp_pa
 
 def test_concept_falls_back_to_the_sample(tmp_path: Path) -> None:
     shard = tar(tmp_path / "a.tar", [("x.png", picture()), ("x.json", said("x"))])
-    assert ShardSource([str(shard)]).concepts == ["a:x"]
+    assert ShardSource([str(shard)]).concepts == ["sample:0:a:x"]
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +45,7 @@ def test_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
         ".hidden/x.png": picture(6), "__MACOSX/._b.png": b"fork",
     }  # fmt: skip
     source = open_source(put(tmp_path / "set", files))
-    assert source.keys == ["b.png", "deep/er/a.JPG"] and source.concepts == source.keys
+    assert source.keys == ["b.png", "deep/er/a.JPG"] and source.concepts == [f"sample:{key}" for key in source.keys]
     assert source.meta(0) == {"captions": ["a bird", "the bird"]} and source.lengths.tolist() == [7, 6]
     assert source[1].image == picture(2) and source[1].key == "deep/er/a.JPG"
     assert source.problems.counts == {
@@ -84,7 +86,7 @@ def test_csv(tmp_path: Path) -> None:
     table = pictures(tmp_path) / "t.csv"
     table.write_text("\ufeff" + "\r\n".join(rows), "utf-8", newline="")
     source = open_source(table)
-    assert source.keys == ["a.png", "sub/b.png", "c,d.png"] and source.concepts == ["cat", "dog", "c,d.png"]
+    assert source.keys == ["a.png", "sub/b.png", "c,d.png"] and source.concepts == ["cat", "dog", "sample:c,d.png"]
     assert source.meta(0)["captions"] == ["first", "second"] and source.meta(0)["tags"] == ["x", "y"]
     assert source.meta(1)["captions"] == ["with, comma\nand line"] and source[2].image == picture(3)
     assert source.problems.counts == {
@@ -146,7 +148,7 @@ def test_json_lines(tmp_path: Path) -> None:
     table = pictures(tmp_path) / "t.jsonl"
     table.write_text("\n".join(map(json.dumps, lines)) + broken, "utf-8")
     source = open_source(table)
-    assert source.keys == ["a.png", "sub/b.png"] and source.concepts == ["x", "sub/b.png"]
+    assert source.keys == ["a.png", "sub/b.png"] and source.concepts == ["x", "sample:sub/b.png"]
     assert source.meta(0)["captions"] == ["one", "two", "four"] and source.meta(1)["tags"] == ["t"]
     assert source.problems.counts == {"picture isn't there": 2, "not a JSON object": 3}
     assert source.problems.examples["not a JSON object"] == [f"t.jsonl, row {i}" for i in (7, 8, 9)]
@@ -174,7 +176,7 @@ def test_joined(tmp_path: Path) -> None:
     source = open_source(f"{table}, {shards[0]}")
     assert isinstance(source, Joined) and len(source) == 5
     assert source.keys == ["a.png", "sub/b.png", "k0", "k1", "k2"]
-    assert source.concepts == ["0/a.png", "0/sub/b.png", "c0", "c1", "c0"]
+    assert source.concepts == ["sample:0:a.png", "sample:0:sub/b.png", "c0", "c1", "c0"]
     assert source.lengths.tolist() == [3, 3, 7, 7, 7]
     assert [source.meta(i)["captions"][0] for i in range(5)] == ["one", "two", "thing 0", "thing 1", "thing 2"]
     assert [source[i].key for i in range(5)] == source.keys and source[4].image == picture(2)
@@ -307,3 +309,17 @@ def test_equal_file_names_of_two_folders_are_two_concepts(tmp_path):
         (tmp_path / name / "1.txt").write_text(f"thing of {name}")
     source = open_source([tmp_path / "one", tmp_path / "two"])
     assert source.keys == ["1.png", "1.png"] and len(set(source.concepts)) == 2
+
+
+def test_equal_shards_of_two_folders_are_told_apart(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with tarfile.open(tmp_path / name / "00000.tar", "w") as tar:
+            for member, content in (("000.png", picture(1)), ("000.txt", f"thing of {name}".encode())):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    joined = open_source([tmp_path / "one", tmp_path / "two"])
+    assert joined.keys == ["000", "000"] and len(set(joined.concepts)) == 2
+    together = open_source(str(tmp_path / "*" / "00000.tar"))
+    assert together.keys == ["000", "000"] and len(set(together.concepts)) == 2

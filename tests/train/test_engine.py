@@ -180,6 +180,36 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
+SMALL_DISK = """
+    import resource, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, {root!r})
+    from tests.train.small import trainer
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    trainer(Path({run!r}), steps=8).fit(resume=True)
+"""
+
+
+def test_full_disk_within_the_state(tmp_path):
+    """torch wraps what it meets there in an exception of its own that isn't an Exception."""
+    trainer(tmp_path, steps=4).fit()
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(SMALL_DISK.format(root=str(ROOT), run=str(tmp_path))))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("vlm.errors.TrainingError") and "can't be written" in last and "step-00000004" in last
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_damaged_state_is_named(tmp_path):
+    trainer(tmp_path, steps=4).fit()
+    for path in (tmp_path / "checkpoints/step-00000004/state").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=r"step-00000004: the checkpoint can't be read"):
+        trainer(tmp_path, steps=8).fit(resume=True)
+
+
 def test_keeps_the_last_and_the_best(tmp_path):
     figures = iter([1.0, 5.0, 2.0, 3.0, 4.0])
     trainer(
@@ -214,6 +244,22 @@ def test_average_is_exported_and_evaluated(tmp_path):
         assert not torch.equal(average, weights(made.network)[name]), name
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_evaluating_the_average_leaves_the_training_alone(tmp_path, kind):
+    for name in ("plain", "evaluated"):
+        spawn(average_on_ranks, str(tmp_path / name), kind, name == "evaluated")
+    assert losses(tmp_path / "evaluated") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+
+
+def average_on_ranks(here, run, kind, evaluated):
+    def evaluate(model):
+        model.encode_image(torch.randn(2, 3, 16, 16))
+        return {}
+
+    job = {"evaluate": evaluate} if evaluated else {}
+    trainer(Path(run), here, steps=5, ema=0.9, evaluate_every=2, save_every=0, parallel=kind, job=job).fit()
+
+
 def test_frozen_parameters_stay_and_have_no_state(tmp_path):
     before = weights(network())
     made = trainer(tmp_path, optim={"freeze": ("text.tokens", "text.layers.0"), "lr_scale": {"text.": 0.1}})
@@ -232,9 +278,16 @@ def test_unknown_parameter_prefix(tmp_path, key):
         trainer(tmp_path, optim={key: {"text.tokenz": 1.0}})
 
 
-def test_resume_without_checkpoint_or_with_other_data(tmp_path):
-    with pytest.raises(TrainingError, match="no checkpoint"):
-        trainer(tmp_path).fit(resume=True)
+def test_resume_before_the_first_checkpoint_begins_again(tmp_path):
+    trainer(tmp_path / "whole").fit()
+    trainer(tmp_path / "early", steps=3, save_every=0).fit()
+    for path in sorted((tmp_path / "early" / "checkpoints").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    trainer(tmp_path / "early").fit(resume=True)
+    assert losses(tmp_path / "early") == losses(tmp_path / "whole")
+
+
+def test_resume_with_other_data(tmp_path):
     trainer(tmp_path).fit()
     with pytest.raises(TrainingError, match="data has changed"):
         trainer(tmp_path, job={"fingerprint": "other"}).fit(resume=True)

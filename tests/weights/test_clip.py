@@ -254,6 +254,41 @@ def test_wrong_shapes_are_listed():
     assert all(torch.equal(value, kept[name]) for name, value in before.state_dict().items())
 
 
+def test_shapes_that_cannot_be_cut_are_listed(tmp_path):
+    _, folder = hf_folder(tmp_path / "clip")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision_model.embeddings.position_embedding.weight"] = torch.zeros(7, 48)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"1 of the wrong shape: vision_model\.embeddings\.position_embedding"):
+        vlm.load(folder)
+    tensors = dict(open_clip_model().state_dict())
+    name = "transformer.resblocks.0.attn.in_proj_weight"
+    config = infer_config(tensors, quick=True, where="x")
+    tensors[name] = torch.zeros(100, 32)
+    with pytest.raises(WeightsError, match=r"in_proj_weight \(100, 32\)"):
+        to_ours(tensors, open_clip_rules(config), where="x")
+
+
+def test_open_clip_export_refuses_another_norm_eps(tmp_path):
+    config = hf_clip_config(SMALL_HF)
+    other = dataclasses.replace(config, text=dataclasses.replace(config.text, norm_eps=1e-12))
+    model = VisionLanguageModel(Clip(other), clip_bpe(max_length=20), ImageTransform(24), name="x", family="clip")
+    with pytest.raises(WeightsError, match=r"norm_eps is always 1e-05.*1e-12 in the text tower.*--to hf"):
+        export_open_clip(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_architecture_with_openais_file_uses_quick_gelu(tmp_path):
+    import open_clip
+
+    (tmp_path / "tiny-plain.json").write_text(json.dumps(SMALL_OPEN_CLIP | {"quick_gelu": False}))
+    open_clip.add_model_config(tmp_path / "tiny-plain.json")
+    tensors = {f"module.{name}": value for name, value in open_clip_model().state_dict().items()}
+    torch.save(tensors | {"input_resolution": torch.tensor(24)}, tmp_path / "a.pt")
+    loaded = vlm.load(f"open_clip:tiny-plain/{tmp_path / 'a.pt'}", device="cpu")
+    assert loaded.network.config.image.activation == loaded.network.config.text.activation == "quick_gelu"
+
+
 def test_wrong_family(tmp_path):
     from transformers import BertConfig, BertModel
 

@@ -12,7 +12,7 @@ import vlm
 from tests.weights.made import pixels, scrambled
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
-from vlm.errors import WeightsError
+from vlm.errors import MissingVerbError, WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
@@ -86,6 +86,22 @@ def test_files_without_named_tensors(tmp_path):
 def test_tensors_inside_a_training_state(tmp_path):
     torch.save({"epoch": 3, "state_dict": {"a": torch.ones(2)}}, tmp_path / "a.pt")
     assert list(read_tensors(tmp_path / "a.pt")) == ["a"]
+
+
+def test_torchscript_is_told_from_damage(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(WeightsError, match=r"a TorchScript program.*open_clip:ViT-B-32/openai"):
+        read_tensors(tmp_path / "ViT-B-32.pt")
+
+
+def test_verbs_of_other_stages_say_who_has_them(tmp_path):
+    saved(tmp_path / "model")
+    model = vlm.load(tmp_path / "model", device="cpu")
+    with pytest.raises(MissingVerbError, match="small is a clip model and has no generate; BLIP and BLIP-2 can"):
+        model.generate()
+    assert not hasattr(model, "mlm_logits")
+    with pytest.raises(AttributeError, match="no attribute 'encode_imag'"):
+        model.encode_imag()
 
 
 def saved(folder, **options):

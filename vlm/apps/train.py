@@ -33,7 +33,9 @@ Data = Annotated[
 @app.command()
 def clip(
     overrides: Overrides = None,
-    config: Annotated[str, typer.Option("--config", help="tiny, base, or a YAML file.")] = "tiny",
+    config: Annotated[
+        str | None, typer.Option("--config", help="tiny (if none is named), base, or a YAML file.")
+    ] = None,
     out: Out = Path("runs/clip"),
     data: Data = None,
     start: Annotated[
@@ -44,6 +46,7 @@ def clip(
     threads: Annotated[int, typer.Option(help="CPU threads of torch; 0 for its own choice.")] = 0,
 ) -> None:
     """Train CLIP (ITC). Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train clip ..."""
+    from vlm.errors import ConfigError
     from vlm.train.clip import ClipRun, read_run_config, train_clip
     from vlm.train.config import load_config, named_config
     from vlm.train.distributed import ranks
@@ -56,7 +59,12 @@ def clip(
     changes = list(overrides or [])
     changes += [f"data={_listed(data)}"] if data else []
     changes += [f"start={_listed(start)}"] if start else []
-    settings = read_run_config(out, changes) if resume else load_config(ClipRun, named_config("clip", config), changes)
+    if resume and (config or start):
+        raise ConfigError("--resume goes on with the run's own configuration; drop --config and --start")
+    if resume:
+        settings = read_run_config(out, changes)
+    else:
+        settings = load_config(ClipRun, named_config("clip", config or "tiny"), changes)
     with ranks(device) as here:
         position = train_clip(
             settings, out, here, resume=resume, evaluate=_evaluation(settings), progress=_interactive()

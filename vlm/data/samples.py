@@ -140,6 +140,10 @@ def caption_id(caption: str) -> int:
     return stable_id(" ".join(caption.casefold().split()).rstrip(" .!?"))
 
 
+OWN = "sample:"
+"""How the concept begins of a sample that names none: it stands for itself alone."""
+
+
 def fingerprint(keys: Iterable[str], concepts: Iterable[str], *numbers: np.ndarray) -> str:
     """Hash of a source's content as its index knows it: keys, concepts, lengths and sizes."""
     digest = hashlib.sha256()

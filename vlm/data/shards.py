@@ -15,7 +15,7 @@ from webdataset.tariterators import base_plus_ext
 
 from vlm.data.cache import is_remote, local_tar, write_atomically
 from vlm.data.images import SUFFIXES
-from vlm.data.samples import Problems, Sample, fingerprint, with_captions
+from vlm.data.samples import OWN, Problems, Sample, fingerprint, with_captions
 from vlm.data.tar_index import index_shard, read_meta, read_piece
 from vlm.errors import DataError
 
@@ -42,7 +42,7 @@ class ShardSource:
             self.problems.merge(index.problems)
             for row in index.rows:
                 self.keys.append(row["key"])
-                self.concepts.append(row["concept"] or f"{label}:{row['key']}")
+                self.concepts.append(row["concept"] or f"{OWN}{number}:{label}:{row['key']}")
                 lengths.append(row["length"])
                 pieces.append((number, *row["image"], *row["json"], *row["text"]))
         self.lengths = np.array(lengths, dtype=np.int32)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm.data.images import SUFFIXES, read_encoded
-from vlm.data.samples import Problems, Sample, caption_length, fingerprint, with_captions
+from vlm.data.samples import OWN, Problems, Sample, caption_length, fingerprint, with_captions
 from vlm.data.shards import ENDINGS, ShardSource, find_shards
 from vlm.data.tables import TABLES, table_rows
 from vlm.errors import DataError, nearest
@@ -61,7 +61,7 @@ class FileSource:
         self.name, self.root, self.problems = name, root, problems
         self.keys = [key for key, _ in rows]
         self._metas = [meta for _, meta in rows]
-        self.concepts = [str(meta.get("concept") or key) for key, meta in rows]
+        self.concepts = [str(meta.get("concept") or f"{OWN}{key}") for key, meta in rows]
         self.lengths = np.array([caption_length(meta) for meta in self._metas], dtype=np.int32)
         problems.log(name)
         if not rows:
@@ -98,11 +98,11 @@ class Joined:
         self.parts = list(parts)
         self.name = ", ".join(part.name for part in parts)
         self.keys = [key for part in parts for key in part.keys]
-        # A sample without a concept has its key for one, and two folders may each hold a 1.jpg.
+        # Two folders may each hold a 1.jpg, or a 00000.tar with the same keys.
         self.concepts = [
-            f"{number}/{concept}" if concept == key else concept
+            f"{OWN}{number}:{concept.removeprefix(OWN)}" if concept.startswith(OWN) else concept
             for number, part in enumerate(parts)
-            for concept, key in zip(part.concepts, part.keys, strict=True)
+            for concept in part.concepts
         ]
         self.lengths = np.concatenate([part.lengths for part in parts])
         self.problems = Problems()

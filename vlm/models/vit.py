@@ -91,6 +91,9 @@ def _check(config: ViTConfig) -> None:
         raise ConfigError(f"width {config.width} is not a multiple of heads {config.heads}; change one of them")
     if config.patch_size < 1 or config.image_size % config.patch_size:
         raise ConfigError(f"patch_size {config.patch_size} does not divide image_size {config.image_size}; change one")
+    for name in ("patch_dropout", "drop_path"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name} is a share and must be at least 0 and below 1, got {getattr(config, name)!r}")
     if config.activation not in _ACTIVATIONS:
         hint = nearest(config.activation, _ACTIVATIONS)
         raise ConfigError(f"unknown activation {config.activation!r}{hint}; choose from {', '.join(_ACTIVATIONS)}")

@@ -151,13 +151,13 @@ def label_numbers(labels: Labels) -> tuple[list[str], dict[str, int]]:
     """Different label words, and the number of each concept and word. Raises ConfigError as `check_labels`."""
     if all(isinstance(label, str) for label in labels):
         words = check_labels(labels)  # type: ignore[arg-type]
-        return words, {word: number for number, word in enumerate(words)}
+        return words, {_words(word): number for number, word in enumerate(words)}
     names: dict[str, int] = {}
     numbers: dict[str, int] = {}
     for label in labels:
         if not isinstance(label, Label):
             raise ConfigError(f"labels: expected words or concepts, not both; got {label!r}")
-        numbers[label.concept] = names.setdefault(label.name.strip(), len(names))
+        numbers[label.concept] = names.setdefault(_words(label.name), len(names))
     return check_labels(list(names)), names | numbers
 
 
@@ -184,7 +184,12 @@ def _truth(source: Any, keys: Sequence[str], numbers: dict[str, int], keep: set[
             truth[row] = NOT_KEPT
             continue
         for word in (concept, str(meta.get("name", "")), str(meta["captions"][0])):
-            if word.strip() in numbers:
-                truth[row] = numbers[word.strip()]
+            if _words(word) in numbers:
+                truth[row] = numbers[_words(word)]
                 break
     return truth
+
+
+def _words(text: str) -> str:
+    """The text with single spaces, as labels are read."""
+    return " ".join(text.split())

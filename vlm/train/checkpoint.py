@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -29,8 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
 from vlm.errors import TrainingError
 from vlm.train.distributed import Ranks, gather_objects, unwrapped, wait
 from vlm.train.ema import WeightAverage
+from vlm.weights.files import replace_folder
 
 PREFIX = "step-"
+# What torch's planner wraps a full disk or a damaged file in; it isn't an Exception.
+FAILURES = (Exception, CheckpointException)
 Export = Callable[[dict[str, Tensor], Path], None]
 
 
@@ -49,7 +53,6 @@ class Position:
     average_steps: int = 0
     best: float | None = None
     best_step: int = -1
-    finished: bool = False
 
 
 class Checkpoints:
@@ -64,8 +67,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
-        found = [path for path in self.folder.glob(f"{PREFIX}*") if (path / "trainer.json").is_file()]
-        return sorted(int(path.name.removeprefix(PREFIX)) for path in found)
+        return whole_steps(self.folder)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint after `step` steps."""
@@ -82,7 +84,8 @@ class Checkpoints:
 
         Raises TrainingError when it can't be written (a full disk); what was written before is intact.
         """
-        final, temporary = self.path(position.step), self.folder / f".tmp-{PREFIX}{position.step:08d}"
+        final = self.path(position.step)
+        temporary = self.folder / f".tmp-{final.name}"
         problem = ""
         try:
             if self.here.first:
@@ -95,19 +98,18 @@ class Checkpoints:
             with _alone(self.here):
                 state = _state(network, optimizer, average)
                 dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.here.count == 1)
-        except Exception as error:  # the planner wraps whatever any rank met
-            problem = str(error) or type(error).__name__
+        except FAILURES as error:
+            problem = _reason(error)
         self._agree(problem, temporary)
         tensors = full_state(network, average)
         try:
             if self.here.first:
                 self.export(tensors, temporary / "model")
                 (temporary / "trainer.json").write_text(json.dumps(asdict(position), indent=1), "utf-8")
-                shutil.rmtree(final, ignore_errors=True)
                 os.replace(temporary, final)
                 self._drop_old(position)
         except Exception as error:  # a full disk shows as OSError here and as SafetensorError there
-            problem = str(error) or type(error).__name__
+            problem = _reason(error)
         self._agree(problem, temporary)
 
     def load(self, network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> Position:
@@ -124,9 +126,9 @@ class Checkpoints:
             state = _state(network, optimizer, average)
             with _alone(self.here):
                 dcp.load(state, checkpoint_id=folder / "state", no_dist=self.here.count == 1)
-        except Exception as error:
+        except FAILURES as error:
             raise TrainingError(
-                f"{folder}: the checkpoint can't be read into this configuration ({error}). Resume with the "
+                f"{folder}: the checkpoint can't be read into this configuration ({_reason(error)}). Resume with the "
                 "configuration it was written with, or delete this folder to go on from the one before."
             ) from error
         set_state_dict(network, optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"])
@@ -145,8 +147,7 @@ class Checkpoints:
                 temporary = target.with_name(f".tmp-{target.name}")
                 shutil.rmtree(temporary, ignore_errors=True)
                 shutil.copytree(chosen / "model", temporary)
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(temporary, target)
+                replace_folder(temporary, target)
         except OSError as error:
             problem = str(error)
         self._agree(problem, target.with_name(f".tmp-{target.name}"))
@@ -171,6 +172,24 @@ class Checkpoints:
             f"{temporary.parent}: the checkpoint can't be written ({problems[0]}); {left}. "
             "Free space or choose another --out, then go on with --resume."
         )
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a run's ``checkpoints`` folder, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if (path / "trainer.json").is_file()]
+    return sorted(int(path.name.removeprefix(PREFIX)) for path in found)
+
+
+def last_step(run: Path) -> int | None:
+    """Step of a run folder's newest checkpoint, None before the first."""
+    return next(reversed(whole_steps(run / "checkpoints")), None)
+
+
+def _reason(error: BaseException) -> str:
+    """What was wrong in one line; torch's own message holds the tracebacks of all ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,11 @@ from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, Resize
 from vlm.errors import ConfigError
 from vlm.models.clip import Clip, ClipConfig
-from vlm.train.checkpoint import Position
+from vlm.train.checkpoint import Position, last_step
 from vlm.train.config import TrainConfig, load_config, to_yaml
 from vlm.train.distributed import Ranks, wait
 from vlm.train.engine import Evaluate, Job, Trainer
-from vlm.train.environment import describe, start_run
+from vlm.train.environment import describe, go_on, start_run
 from vlm.weights.files import save_model
 from vlm.weights.start import start_from
 
@@ -100,12 +100,10 @@ def train_clip(
     tokenizer, transform = make_tokenizer(config), make_transform(config)
     source = open_source(config.data)
     fingerprint = source.fingerprint()
-    if here.first and not resume:
-        start_run(run, to_yaml(config), describe(fingerprint, len(source)))
-    wait(here)
+    before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
     network = Clip(config.model)
-    for start in () if resume else config.start:
+    for start in config.start if before is None else ():
         start_from(network, start)
     network.image.checkpointing = network.text.checkpointing = config.checkpointing
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
@@ -131,6 +129,11 @@ def train_clip(
     steps = steps_per_epoch(len(source), loader)
     job = Job(network, network.contrast, network.clamp_, batches, steps, export, evaluate, fingerprint)
     trainer = Trainer(job, config.train, run, here, progress=progress)
+    if here.first and resume:
+        go_on(run, to_yaml(config), finished=before == trainer.steps)
+    elif here.first:
+        start_run(run, to_yaml(config), describe(fingerprint, len(source)))
+    wait(here)
     _log_sizes(network, trainer, len(source))
     position = trainer.fit(resume=resume)
     trainer.checkpoints.publish(run / "model")

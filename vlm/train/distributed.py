@@ -151,6 +151,15 @@ def wait(here: Ranks) -> None:
         dist.barrier()
 
 
+def reshard(network: nn.Module) -> None:
+    """Drop the whole parameters that FSDP2 keeps after a forward; any other network stays as it is."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def unwrapped(network: nn.Module) -> nn.Module:
     """The network itself, inside DDP."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlm.errors import TrainingError
 from vlm.train.checkpoint import Checkpoints, Export, Position
 from vlm.train.config import TrainConfig
-from vlm.train.distributed import Ranks, gather_objects, spread, unwrapped
+from vlm.train.distributed import Ranks, gather_objects, reshard, spread, unwrapped
 from vlm.train.ema import WeightAverage
 from vlm.train.metrics import Log, Meter
 from vlm.train.optim import (
@@ -174,6 +174,8 @@ class Trainer:
         # In the weights' own precision: figures then equal those of the exported model.
         with swap, torch.no_grad():
             figures = self.job.evaluate(unwrapped(self.network)) if self.job.evaluate else {}
+            # FSDP2 may still hold whole parameters, which would outlive the average that they come from.
+            reshard(self.network)
         self.network.train()
         return figures
 
@@ -188,15 +190,17 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        if self.position.step in self.checkpoints.steps() and self.position.step != self.steps:
+        if self.position.step in self.checkpoints.steps():
             return
         self.position.loss_scale, self.position.good = self.scale.value, self.scale.good
         self.position.average_steps = self.average.steps if self.average else 0
-        self.position.finished = self.position.step == self.steps
         self.checkpoints.save(self.network, self.optimizer, self.position, self.average)
 
     def _resume(self) -> None:
         self._check_data()
+        if not self.checkpoints.steps():
+            logger.info("no checkpoint was written before: from the beginning")
+            return
         self.position = self.checkpoints.load(self.network, self.optimizer, self.average)
         self.scale.value, self.scale.good = self.position.loss_scale, self.position.good
         if self.here.first:

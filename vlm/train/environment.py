@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -43,13 +44,25 @@ def start_run(run: Path, config_text: str, description: dict[str, Any]) -> None:
     """
     if (run / "config.yaml").exists():
         raise TrainingError(f"{run}: holds a run already; go on with --resume, or choose another --out")
+    # The configuration comes last: its presence says that the folder is whole.
+    _write(run, {"manifest.json": json.dumps(description, indent=1), "config.yaml": config_text})
+
+
+def go_on(run: Path, config_text: str, *, finished: bool) -> None:
+    """Record the configuration that a resumed run has from now on.
+
+    Unless it was `finished`, its ``model`` goes, since it would be older than what comes now; the checkpoint
+    that it was copied from stays. Raises TrainingError when the folder can't be written.
+    """
+    _write(run, {"config.yaml": config_text})
+    if not finished:
+        shutil.rmtree(run / "model", ignore_errors=True)
+
+
+def _write(run: Path, texts: dict[str, str]) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        # The configuration comes last: its presence says that the folder is whole.
-        for name, text in (
-            ("manifest.json", json.dumps(description, indent=1)),
-            ("config.yaml", config_text),
-        ):
+        for name, text in texts.items():
             temporary = run / f".tmp-{name}"
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, run / name)

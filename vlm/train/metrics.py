@@ -20,7 +20,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
-        self.steps = 0
+        self.counts: dict[str, int] = {}
         self.samples = 0
         self.started = time.perf_counter()
 
@@ -28,7 +28,7 @@ class Meter:
         """Count one step of `samples` rows over all ranks."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.samples += samples
 
     @property
@@ -37,8 +37,8 @@ class Meter:
         return self.samples / max(1e-9, time.perf_counter() - self.started)
 
     def means(self) -> dict[str, float]:
-        """Mean of each value, and `samples_per_second`."""
-        return {name: total / self.steps for name, total in self.sums.items()} | {
+        """Mean of each value over the steps that gave it, and `samples_per_second`."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()} | {
             "samples_per_second": round(self.rate, 2)
         }
 

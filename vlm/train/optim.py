@@ -36,7 +36,7 @@ def freeze(network: nn.Module, prefixes: Iterable[str]) -> list[str]:
 def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over what has a gradient, in groups by decay and by factor on the learning rate.
 
-    Only tensors of two and more dimensions decay (CLIP §2.5: not gains, biases and the temperature).
+    Only matrices decay (CLIP §2.5): not gains, biases, the temperature, or a [CLS] state of (1, 1, D).
     Raises ConfigError when an `lr_scale` prefix matches no parameter.
     """
     names = [name for name, _ in network.named_parameters()]
@@ -48,7 +48,8 @@ def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         if parameter.requires_grad:
             matched = [prefix for prefix in config.lr_scale if name.startswith(prefix)]
             factor = config.lr_scale[max(matched, key=len)] if matched else 1.0
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            matrix = sum(size > 1 for size in parameter.shape) >= 2
+            decay = config.weight_decay if matrix else 0.0
             groups.setdefault((factor, decay), []).append(parameter)
     listed = [
         {"params": parameters, "weight_decay": decay, "factor": factor}

@@ -66,14 +66,15 @@ def backward(
     caller can stop with the weights untouched.
     """
     here = context.here
-    micros = batch.split(context.accumulate)
+    sizes = gather_sizes(len(batch), here)
+    # As many micro-batches on every rank, since FSDP2 gathers its shards in each forward.
+    micros = batch.split(max(1, min(context.accumulate, *sizes)))
     passes = [_forward(network, micro, context, step, number, len(micros) == 1) for number, micro in enumerate(micros)]
     shared = shared_entries(passes[0])
     own = {
         name: passes[0][name].detach() if name in shared else torch.cat([one[name].detach() for one in passes])
         for name in passes[0]
     }
-    sizes = gather_sizes(len(batch), here)
     start = sum(sizes[: here.rank])
     everyone = {name: own[name] if name in shared else gather(own[name].float(), sizes) for name in own}
     leaves = {name: value.float().requires_grad_() for name, value in everyone.items()}

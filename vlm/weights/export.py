@@ -45,6 +45,12 @@ def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
     """
     network = _exportable(model, "open_clip's CLIP")
     config = network.config
+    if (config.image.norm_eps, config.text.norm_eps) != (1e-5, 1e-5):
+        raise WeightsError(
+            f"{model.name} can't be written as open_clip's CLIP, whose norm_eps is always 1e-05: ours is "
+            f"{config.image.norm_eps} in the image tower and {config.text.norm_eps} in the text tower. "
+            "Write it for transformers (--to hf), which keeps them."
+        )
     tensors = to_theirs(network.state_dict(), open_clip_rules(config))
     transform = model.transform
     modes = {"crop": "shortest", "squash": "squash", "pad": "longest"}
@@ -123,16 +129,8 @@ def _hf_preprocessor(model: VisionLanguageModel) -> dict[str, Any]:
 
 
 def _save_hf_tokenizer(model: VisionLanguageModel, folder: Path) -> None:
-    """merges.txt is ours; vocab.json numbers bytes, word-final bytes, merges and the two special tokens."""
-    from open_clip.tokenizer import bytes_to_unicode
-
+    """vocab.json and merges.txt are the tokenizer's own."""
     model.tokenizer.save(folder)
-    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    _write_json(folder / "vocab.json", {word: number for number, word in enumerate(words)})
     _write_json(
         folder / "tokenizer_config.json",
         {

@@ -32,6 +32,8 @@ PLAIN = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
+# OpenAI's own files hold it, and only their networks use quick-GELU without saying so.
+OPENAI = "input_resolution"
 RESIZE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 
 
@@ -85,9 +87,10 @@ def load_open_clip(spec: str) -> VisionLanguageModel:
         )
     config = open_clip.get_model_config(arch)
     if Path(tag).is_file():
-        tensors = read_tensors(Path(tag))
+        tensors = _without_module(read_tensors(Path(tag)))
         if is_plain(config):
-            return _ours(tensors, name=f"open_clip:{spec}", quick=bool(config.get("quick_gelu")), config=config)
+            quick = bool(config.get("quick_gelu")) or OPENAI in tensors
+            return _ours(tensors, name=f"open_clip:{spec}", quick=quick, config=config)
         model = open_clip.create_model(arch)
         assign(model, tensors, where=tag)
         return wrap(model, arch, name=f"open_clip:{spec}", config=config)
@@ -104,8 +107,8 @@ def load_checkpoint(path: Path) -> VisionLanguageModel:
     OpenAI's files are told by their `input_resolution` and use quick-GELU; others are taken to use GELU (name
     the architecture, ``open_clip:ARCH/FILE``, where that is wrong). Raises WeightsError for other networks.
     """
-    tensors = read_tensors(path)
-    quick = "input_resolution" in tensors
+    tensors = _without_module(read_tensors(path))
+    quick = OPENAI in tensors
     logger.info("%s: taken as a CLIP ViT with %s", path, "quick-GELU" if quick else "GELU")
     return _ours(tensors, name=path.stem, quick=quick)
 
@@ -180,7 +183,6 @@ def _ours(
     config: Mapping[str, Any] | None = None,
     transform: ImageTransform | None = None,
 ) -> VisionLanguageModel:
-    tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     prefix = "text." if "text.token_embedding.weight" in tensors else ""
     found = infer_config(tensors, quick=quick, where=name, prefix=prefix)
     if config is not None:
@@ -192,6 +194,11 @@ def _ours(
     if transform is None:
         transform = ImageTransform(found.image.image_size, CLIP_MEAN, CLIP_STD, "crop")
     return VisionLanguageModel(network, tokenizer, transform, name=name, family="clip")
+
+
+def _without_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as they were before DDP put its own in front."""
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def _with_heads(found: ClipConfig, config: Mapping[str, Any]) -> ClipConfig:

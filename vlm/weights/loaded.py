@@ -13,7 +13,7 @@ from vlm.data.batch import Tokens
 from vlm.data.images import load_image
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import VlmError
+from vlm.errors import MissingVerbError, VlmError
 from vlm.weights.files import save_model
 
 STAGES = {
@@ -65,6 +65,12 @@ class VisionLanguageModel:
         """Cosine over temperature, (images, texts)."""
         return self._verb("similarity")(image_features, text_features)
 
+    def __getattr__(self, name: str) -> Any:
+        """Refuse the verbs of other stages, saying which stages have them."""
+        if name in STAGES or name == "logit_scale":
+            return self._verb(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def logit_scale(self) -> Tensor:
         """Inverse temperature, (1,)."""
@@ -97,5 +103,7 @@ class VisionLanguageModel:
     def _verb(self, verb: str) -> Any:
         found = getattr(self.network, verb, None)
         if found is None:
-            raise VlmError(f"{self.name} is a {self.family} model and has no {verb}; {STAGES.get(verb, 'none')} can")
+            raise MissingVerbError(
+                f"{self.name} is a {self.family} model and has no {verb}; {STAGES.get(verb, 'none')} can"
+            )
         return found

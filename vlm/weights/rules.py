@@ -62,7 +62,7 @@ def to_ours(
     """Rename, join and cut foreign tensors into ours.
 
     left_out: patterns of names that are not needed, on purpose. Raises WeightsError that lists what is missing
-    and what no rule knows.
+    and what no rule knows, or whose shape can't be cut as the rules say.
     """
     listed = list(rules)
     wanted = [name for rule in listed for name in rule.theirs]
@@ -72,10 +72,17 @@ def to_ours(
     unexpected = [name for name in tensors if name not in known and not any(skip.fullmatch(name) for skip in skipped)]
     refuse(where, missing=missing, unexpected=unexpected)
     out: dict[str, Tensor] = {}
+    shapes = []
     for rule in listed:
         parts = [tensors[name] for name in rule.theirs]
-        parts = [part.T for part in parts] if rule.transpose else parts
-        out |= _cut(parts, rule.ours, rule.our_shares, rule.shape)
+        try:
+            turned = [part.T for part in parts] if rule.transpose else parts
+            out |= _cut(turned, rule.ours, rule.our_shares, rule.shape)
+        except RuntimeError:  # reshape, cat and split each have words of their own for it
+            found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(rule.theirs, parts, strict=True))
+            wanted_shape = f" {rule.shape}" if rule.shape else ""
+            shapes.append(f"{found}, which can't become {', '.join(rule.ours)}{wanted_shape}")
+    refuse(where, shapes=shapes)
     return out
 
 
@@ -112,5 +119,7 @@ def _cut(
     if len(parts) == 1 and len(names) == 1:
         return {names[0]: parts[0] if shape is None else parts[0].reshape(shape)}
     whole = torch.cat(list(parts))
-    unit = len(whole) // sum(shares)
+    unit, left = divmod(len(whole), sum(shares))
+    if left:
+        raise RuntimeError(f"{len(whole)} rows can't be cut into {sum(shares)} equal parts")
     return dict(zip(names, whole.split([unit * share for share in shares]), strict=True))
