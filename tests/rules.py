@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "objectives": set(),
-    "data": {"errors"},
+    "data": {"files", "errors"},
     "models": {"objectives", "errors"},
     "generate": {"errors"},
-    "weights": {"models", "data", "errors"},
-    "train": {"objectives", "models", "weights", "data", "errors"},
-    "tasks": {"objectives", "models", "generate", "weights", "data", "train", "errors"},
-    "apps": {"objectives", "models", "generate", "weights", "data", "train", "tasks", "errors"},
+    "weights": {"models", "data", "files", "errors"},
+    "train": {"objectives", "models", "weights", "data", "files", "errors"},
+    "tasks": {"objectives", "models", "generate", "weights", "data", "train", "files", "errors"},
+    "apps": {"objectives", "models", "generate", "weights", "data", "train", "tasks", "files", "errors"},
 }
 """Each room and the rooms that it may import from."""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm import files
 from vlm.errors import ConfigError, DataError, WeightsError
 
 DEFAULT_MODEL = "tiny-clip"
@@ -108,16 +109,7 @@ def write_text(text: str, output: Path | None) -> None:
     if output is None:
         typer.echo(text, nl=not text.endswith("\n"))
         return
-    temporary = output.with_name(f".tmp-{output.name}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # As on the terminal: a file's name may hold bytes that aren't letters.
-        temporary.write_text(text, "utf-8", errors="backslashreplace")
-        os.replace(temporary, output)
-    except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
-        raise DataError(f"{output}: can't be written ({error.strerror or error})") from error
+    files.write_text(output, text)
 
 
 def check_output(output: Path | None, *, folder: bool = False) -> None:

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import os
-import secrets
 import sys
 import tarfile
 import zlib
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vlm.errors import DataError
+from vlm.files import write_file
+
+ADVICE = "; for another cache folder set VLM_CACHE=/some/folder"
 
 BLOCK = 1 << 20
 # Larger files are told apart by size and date: hashing a terabyte takes an hour.
@@ -81,38 +83,16 @@ def local_tar(place: str) -> LocalTar:
     return _stored(identity, unpack, place)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
-    """Call `write` on a temporary file beside `path`, then rename it; nothing is left behind on failure.
-
-    Returns what `write` returned. Raises DataError when the folder can't be written or the disk is full.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x+b") as file:
-            result = write(file)
-        os.replace(temporary, path)
-        return result
-    except OSError as error:
-        raise DataError(
-            f"{path.parent}: can't be written ({error.strerror or error}); "
-            "for another cache folder set VLM_CACHE=/some/folder"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 def _stored(identity: str, fill: Callable[[BinaryIO], str], place: str) -> LocalTar:
     """The cached tar named by `identity`; `fill` makes it when missing and returns a problem or nothing."""
     path = cache_dir() / "shards" / f"{identity[:40]}.tar"
     note = path.with_suffix(".json")
     problem = _noted(path, note)
     if problem is None:
-        problem = str(write_atomically(path, fill))
+        problem = str(write_file(path, fill, advice=ADVICE))
         said = {"from": place, "bytes": path.stat().st_size, "problem": problem}
         content = json.dumps(said).encode("utf-8")
-        write_atomically(note, lambda file: file.write(content))
+        write_file(note, lambda file: file.write(content), advice=ADVICE)
     return LocalTar(path, identity, problem)
 
 

@@ -1,4 +1,9 @@
-"""WebDataset tar shards: indexed once, then read at random; and their writer."""
+"""WebDataset tar shards: indexed once, then read at random; and their writer.
+
+The `webdataset` library says which members make a sample, expands brace lists and opens addresses. Its reader is
+a stream, in which a sample has no number; here an index gives each one, since exactly one showing per epoch for
+any ranks x workers, a resume at any sample, and batches by caption length all need numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from vlm.data.cache import is_remote, local_tar, write_atomically
+from vlm.data.cache import is_remote, local_tar
 from vlm.data.images import SUFFIXES
 from vlm.data.samples import OWN, Problems, Sample, fingerprint, with_captions
 from vlm.data.tar_index import index_shard, read_meta, read_piece
 from vlm.errors import DataError
+from vlm.files import write_file
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 
@@ -189,6 +195,6 @@ class ShardWriter:
             if packed:
                 target.close()
 
-        write_atomically(path, fill)
+        write_file(path, fill)
         self.shards.append(path)
         self._rows, self._keys = [], set()

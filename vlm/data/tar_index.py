@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
-from vlm.data.cache import LocalTar, cache_dir, write_atomically
+from vlm.data.cache import ADVICE, LocalTar, cache_dir
 from vlm.data.images import SUFFIXES
 from vlm.data.samples import Problems, caption_length, parse_json, with_captions
 from vlm.errors import DataError
+from vlm.files import write_file
 
 logger = logging.getLogger("vlm.data")
 
@@ -51,7 +52,7 @@ def index_shard(tar: LocalTar, label: str) -> Index:
         index = _scan(tar, label)
     content = json.dumps({"rows": index.rows, "problems": index.problems.as_dict()}).encode("utf-8")
     try:
-        write_atomically(stored, lambda file: file.write(content))
+        write_file(stored, lambda file: file.write(content), advice=ADVICE)
     except DataError as error:
         logger.warning("the index of %s isn't kept: %s", label, error)
     return index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.errors import DataError
+from vlm.files import write_file
 
 ROW, LEFT, BAR, SIDE = 22, 520, 260, 26
 MATRIX, LETTERS = 40, 28
@@ -51,15 +50,7 @@ def confusion_picture(
     image = (
         _matrix(labels, truth, predicted, seen) if len(seen) <= MATRIX else _mistakes(labels, truth, predicted, title)
     )
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, "PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
-        raise DataError(f"{path}: can't be written ({error.strerror or error})") from error
+    write_file(path, lambda file: image.save(file, "PNG"))
 
 
 def _matrix(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, seen: list[int]) -> Image.Image:

@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from vlm.errors import TrainingError
+from vlm.files import write_folder
 from vlm.train.distributed import Ranks, gather_objects, unwrapped, wait
 from vlm.train.ema import WeightAverage
-from vlm.weights.files import replace_folder
 
 PREFIX = "step-"
 # What torch's planner wraps a full disk or a damaged file in; it isn't an Exception.
@@ -144,10 +144,7 @@ class Checkpoints:
                 newest = self.path(self.steps()[-1])
                 best = json.loads((newest / "trainer.json").read_text("utf-8"))["best_step"]
                 chosen = self.path(best) if best >= 0 else newest
-                temporary = target.with_name(f".tmp-{target.name}")
-                shutil.rmtree(temporary, ignore_errors=True)
-                shutil.copytree(chosen / "model", temporary)
-                replace_folder(temporary, target)
+                write_folder(target, lambda new: _copy(chosen / "model", new))
         except OSError as error:
             problem = str(error)
         self._agree(problem, target.with_name(f".tmp-{target.name}"))
@@ -183,6 +180,10 @@ def whole_steps(folder: Path) -> list[int]:
 def last_step(run: Path) -> int | None:
     """Step of a run folder's newest checkpoint, None before the first."""
     return next(reversed(whole_steps(run / "checkpoints")), None)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _reason(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vlm.errors import TrainingError
+from vlm.files import write_text
 
 PACKAGES = ("vlm", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "webdataset", "pillow")
 
@@ -44,8 +45,9 @@ def start_run(run: Path, config_text: str, description: dict[str, Any]) -> None:
     """
     if (run / "config.yaml").exists():
         raise TrainingError(f"{run}: holds a run already; go on with --resume, or choose another --out")
+    write_text(run / "manifest.json", json.dumps(description, indent=1), error=TrainingError)
     # The configuration comes last: its presence says that the folder is whole.
-    _write(run, {"manifest.json": json.dumps(description, indent=1), "config.yaml": config_text})
+    write_text(run / "config.yaml", config_text, error=TrainingError)
 
 
 def go_on(run: Path, config_text: str, *, finished: bool) -> None:
@@ -54,20 +56,9 @@ def go_on(run: Path, config_text: str, *, finished: bool) -> None:
     Unless it was `finished`, its ``model`` goes, since it would be older than what comes now; the checkpoint
     that it was copied from stays. Raises TrainingError when the folder can't be written.
     """
-    _write(run, {"config.yaml": config_text})
+    write_text(run / "config.yaml", config_text, error=TrainingError)
     if not finished:
         shutil.rmtree(run / "model", ignore_errors=True)
-
-
-def _write(run: Path, texts: dict[str, str]) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            temporary = run / f".tmp-{name}"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, run / name)
-    except OSError as error:
-        raise TrainingError(f"{run}: the run folder can't be written ({error.strerror or error})") from error
 
 
 def _version(name: str) -> str | None:

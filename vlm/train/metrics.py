@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from vlm.errors import TrainingError
+from vlm.files import write_text
 
 logger = logging.getLogger("vlm.train")
 
@@ -95,9 +97,7 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept), error=TrainingError)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
-from vlm.weights.files import CONFIG, WEIGHTS, replace_folder
+from vlm.weights.files import CONFIG, WEIGHTS, write_model
 from vlm.weights.from_hf import activation_name
 from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
 from vlm.weights.loaded import VisionLanguageModel
@@ -35,7 +32,8 @@ def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
         _write_json(target / "preprocessor_config.json", _hf_preprocessor(model))
         _save_hf_tokenizer(model, target)
 
-    return _write_folder(Path(folder), fill)
+    write_model(Path(folder), fill)
+    return Path(folder)
 
 
 def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
@@ -66,7 +64,8 @@ def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
             {"model_cfg": _open_clip_config(config), "preprocess_cfg": preprocess},
         )
 
-    return _write_folder(Path(folder), fill)
+    write_model(Path(folder), fill)
+    return Path(folder)
 
 
 def _exportable(model: VisionLanguageModel, target: str) -> Clip:
@@ -164,18 +163,3 @@ def _open_clip_config(config: ClipConfig) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-
-
-def _write_folder(target: Path, fill: Callable[[Path], None]) -> Path:
-    """Make the folder under a temporary name, then rename; what stood there stays on failure."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        replace_folder(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{target}: can't be written ({error}); free space or choose another place") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target

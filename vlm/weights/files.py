@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
+from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -113,8 +112,6 @@ def save_model(
     dtype: of the stored tensors with fractions; None keeps them. card: text of README.md. The folder appears
     whole or stays as it was. Raises WeightsError when it can't be written.
     """
-    target = Path(folder)
-    temporary = target.with_name(f".tmp-{target.name}")
     config = {
         "family": family,
         "name": name,
@@ -126,31 +123,26 @@ def save_model(
         key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in network.state_dict().items()
     }
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+
+    def fill(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes files that their owner alone can read; others get what any new file here would give.
         (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)
         tokenizer.save(temporary)
         (temporary / CARD).write_text(card or f"# {name}\n\nA {family} model written by vlm.\n", "utf-8")
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
-        replace_folder(temporary, target)
+
+    write_model(Path(folder), fill)
+
+
+def write_model(target: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a model's folder, which appears whole. Raises WeightsError when it can't be written."""
+    try:
+        write_folder(target, fill)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise WeightsError(
             f"{target}: the model can't be written ({error}); free space or choose another place"
         ) from error
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`, which is moved away first and dropped afterwards."""
-    old = target.with_name(f".old-{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from vlm.errors import DataError, VlmError
+
+Result = TypeVar("Result")
+
+
+def write_file(
+    path: Path, write: Callable[[BinaryIO], Result], *, error: type[VlmError] = DataError, advice: str = ""
+) -> Result:
+    """Call `write` on a temporary file beside `path`, then rename it; nothing is left behind on failure.
+
+    Returns what `write` returned. Raises `error`, with `advice` behind it, when the folder can't be written or
+    the disk is full; what stood there stays.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x+b") as file:
+            result = write(file)
+        os.replace(temporary, path)
+        return result
+    except OSError as problem:
+        raise error(f"{path}: can't be written ({problem.strerror or problem}){advice}") from problem
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str, *, error: type[VlmError] = DataError, advice: str = "") -> None:
+    """Write a text as `write_file` does; bytes of file names that aren't letters are escaped."""
+    content = text.encode("utf-8", errors="backslashreplace")
+    write_file(path, lambda file: file.write(content), error=error, advice=advice)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Call `fill` on a temporary folder beside `target`, then put it in its place.
+
+    Whatever `fill` raises comes through; what stood at `target` then stays, and nothing else is left.
+    """
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`, which is moved away first and dropped afterwards."""
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
