@@ -52,7 +52,7 @@ def test_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     for block in blocks("python")[:2]:  # the third loads from hubs
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert printed.splitlines()[0].split()[0] == "frog"
+    assert printed.splitlines()[0].split()[0] == "bicycle"
 
 
 @pytest.mark.parametrize("name", ["tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"])
