@@ -52,10 +52,10 @@ def figure_at(jobs: dict[str, Any], path: tuple[str, ...]) -> dict[str, float]:
 def main() -> None:
     """Train, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--work", type=Path, default=HERE.parent / "runs")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="where runs go")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     found, rows = [], []
