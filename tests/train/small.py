@@ -15,7 +15,7 @@ from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 from vlm.train.config import OptimConfig, TrainConfig
-from vlm.train.distributed import Ranks, ranks
+from vlm.train.distributed import Ranks, leave, ranks
 from vlm.train.engine import Job, Trainer
 
 SAMPLES, GLOBAL_BATCH = 44, 12
@@ -101,6 +101,7 @@ def in_rank(rank: int, count: int, port: int, task, arguments: tuple) -> None:
     )
     with ranks("cpu") as here:
         task(here, *arguments)
+    leave()
 
 
 def spawn(task, *arguments, count: int = 2) -> None:

@@ -49,7 +49,7 @@ def clip(
     from vlm.errors import ConfigError
     from vlm.train.clip import ClipRun, read_run_config, train_clip
     from vlm.train.config import load_config, named_config
-    from vlm.train.distributed import ranks
+    from vlm.train.distributed import leave, ranks
 
     _log_to_terminal()
     if threads:
@@ -71,6 +71,8 @@ def clip(
         )
     if here.first:
         typer.echo(f"trained {position.step} steps; the model is in {out / 'model'}")
+    if here.count > 1:
+        leave()
 
 
 def _evaluation(config: ClipRun) -> Callable[[nn.Module], dict[str, float]] | None:
