@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import machine, versions
+from measure import machine, versions, write_results
 from typer.testing import CliRunner
+
+from vlm.apps.common import percent
 
 HERE = Path(__file__).resolve().parent
 JOBS: dict[str, str] = {
@@ -39,11 +41,6 @@ def run_job(command: str, model: str) -> dict[str, Any]:
     return {"command": f"vlm {command} -m {model}"} | report
 
 
-def share(figure: dict[str, float]) -> str:
-    """A figure in per cent with its interval."""
-    return f"{100 * figure['value']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
-
-
 def figure_rows(jobs: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Rows of the table of figures: data, measure, figure, chance, times chance."""
     rows = []
@@ -53,7 +50,7 @@ def figure_rows(jobs: dict[str, dict[str, Any]]) -> list[list[str]]:
             found |= {f"{way.replace('_', ' ')} {measure}": figure for measure, figure in at.items()}
         for measure, figure in found.items():
             times = figure["value"] / figure["chance"]
-            rows.append([name, measure, share(figure), f"{100 * figure['chance']:.2f}", f"{times:.0f}"])
+            rows.append([name, measure, percent(figure), f"{100 * figure['chance']:.2f}", f"{times:.0f}"])
     return rows
 
 
@@ -63,7 +60,7 @@ def prompt_rows(job: dict[str, Any]) -> list[list[str]]:
     measures = [name for name in job["rows"][0] if name.startswith("top-") and "against" not in name]
     return [
         [row["templates"], str(row["count"])]
-        + [text for name in measures for text in (share(row[name]), share(row[f"{name} against {first}"]))]
+        + [text for name in measures for text in (percent(row[name]), percent(row[f"{name} against {first}"]))]
         for row in job["rows"]
     ]
 
@@ -90,14 +87,11 @@ def main() -> None:
         "versions": versions("torch", "timm"),
         "jobs": jobs,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
     text = markdown(["data", "measure", "% [95 % interval]", "chance %", "times chance"], figure_rows(jobs))
     if "prompts" in jobs:
         header = ["templates", "count", "top-1 %", "against none", "top-5 %", "against none"]
         text += "\n" + markdown(header, prompt_rows(jobs["prompts"]))
-    (options.out / f"{name}.md").write_text(text, "utf-8")
-    print(text)
+    write_results(options.out, name, values, text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import statistics
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def peak_mb(device: str) -> float:
@@ -74,3 +76,11 @@ def median_interval(values: Sequence[float], wanted: float = 0.95) -> dict[str, 
     cut = max((k for k in range((n - 1) // 2 + 1) if coverage(k) >= wanted), default=0)
     low, high = ordered[cut], ordered[n - 1 - cut]
     return {"median": statistics.median(ordered), "low": low, "high": high, "coverage": max(0.0, coverage(cut))}
+
+
+def write_results(out: Path, name: str, values: dict[str, Any], text: str) -> None:
+    """Write NAME.json and NAME.md (the table `text`, also printed) into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+    (out / f"{name}.md").write_text(text, "utf-8")
+    print(text)

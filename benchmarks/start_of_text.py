@@ -8,14 +8,15 @@ a finished one is measured, an unfinished one goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from evaluate_clip import JOBS, markdown, run_job, share
-from measure import machine, versions
+from evaluate_clip import JOBS, markdown, run_job
+from measure import machine, versions, write_results
+
+from vlm.apps.common import percent
 
 HERE = Path(__file__).resolve().parent
 STARTS = {
@@ -67,7 +68,7 @@ def main() -> None:
                 train(run, [*settings, *changes])
             jobs = {name: run_job(JOBS[name], str(run)) for name in (ARTIST, CONCEPT, CLIP_ART)}
             found.append({"start": start, "seed": seed, "settings": settings + changes, "jobs": jobs})
-            rows.append([start, str(seed), *(share(figure_at(jobs, path)) for path in COLUMNS.values())])
+            rows.append([start, str(seed), *(percent(figure_at(jobs, path)) for path in COLUMNS.values())])
     seeds = " ".join(map(str, options.seeds))
     values = {
         "command": f"python benchmarks/start_of_text.py --steps {options.steps} --seeds {seeds} "
@@ -76,11 +77,8 @@ def main() -> None:
         "versions": versions("torch", "timm"),
         "runs": found,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "start_of_text.json").write_text(json.dumps(values, indent=1) + "\n", "utf-8")
     text = markdown(["text starts from", "seed", *COLUMNS], rows)
-    (options.out / "start_of_text.md").write_text(text, "utf-8")
-    print(text)
+    write_results(options.out, "start_of_text", values, text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from clip_sides import (
     our_network,
     our_side,
 )
-from measure import machine, median_interval, peak_mb, timed, versions
+from measure import machine, median_interval, peak_mb, timed, versions, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -45,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "benchmarks/train_clip.py", *words])
     result = {"command": command} | measure_speed(options) | {"memory": memory}
     name = options.name or f"train_clip-{options.preset}-{result['device']}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    table = markdown(result)
-    (options.out / f"{name}.md").write_text(table, encoding="utf-8")
-    print(table)
+    write_results(options.out, name, result, markdown(result))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class VlmError(Exception):
@@ -28,6 +29,14 @@ class ConfigError(VlmError):
 
 class TrainingError(VlmError):
     """Training can't go on; what was written before is intact."""
+
+
+def check_least(config: Any, section: str, least: Mapping[str, float]) -> None:
+    """Raises ConfigError where a field of `config` is below its least value; `section` is how messages name it."""
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if not value >= bound:  # also refuses NaN
+            raise ConfigError(f"{section}.{name} must be at least {bound}, got {value!r}")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

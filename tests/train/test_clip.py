@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +211,21 @@ def test_shipped_configurations_are_valid():
     base = load_config(ClipRun, named_config("clip", "base"))
     assert tiny.model.text == TransformerConfig(token_types=2) and isinstance(base.model, ClipConfig)
     assert tiny.model.image.image_size == 96
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(folder, tmp_path):
+    run = tmp_path / "run"
+    train_clip(settings(folder), run, ALONE, progress=False)
+    written = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    next(other.glob("*.png")).unlink()
+    wider = dataclasses.replace(settings(folder).model, embed_dim=24)
+    refused = {
+        "data has changed": dataclasses.replace(settings(folder, "train.steps=9"), data=(str(other),)),
+        "can't be read into this configuration": dataclasses.replace(settings(folder, "train.steps=9"), model=wider),
+    }
+    for message, config in refused.items():
+        with pytest.raises(TrainingError, match=message):
+            train_clip(config, run, ALONE, resume=True, progress=False)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == written

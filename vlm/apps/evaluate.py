@@ -61,7 +61,7 @@ def zero_shot(
     report = evaluate_zero_shot(
         load_model(model, device), source, labels, templates=sentences, depths=depths, keep=keep
     )
-    rows = [(f"top-{k}", percent(figure), f"{100 * figure.chance:.2f}") for k, figure in report.top.items()]
+    rows = [(f"top-{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}") for k, figure in report.top.items()]
     typer.echo(f"{report.model} on {report.data}: {len(report.truth)} pictures, {len(report.labels)} labels")
     for reason, count in report.left_out.items():
         if count:
@@ -98,7 +98,7 @@ def retrieval(
     more = open_source(distractors) if distractors else None
     report = evaluate_retrieval(load_model(model, device), source, distractors=more, gallery=gallery, seed=seed)
     rows = [
-        (way.replace("_", " "), f"R@{k}", percent(figure), f"{100 * figure.chance:.2f}")
+        (way.replace("_", " "), f"R@{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}")
         for way, at in report.recall.items()
         for k, figure in at.items()
     ]
@@ -143,7 +143,7 @@ def prompts(
     for k in depths:
         header += [f"top-{k} %", f"against {names[0]}"]
         for cells, row in zip(rows, found, strict=True):
-            cells += [_interval(row[f"top-{k}"]), _interval(row[f"top-{k} against {names[0]}"])]
+            cells += [percent(row[f"top-{k}"]), percent(row[f"top-{k} against {names[0]}"])]
     typer.echo(table(header, rows))
     if out is not None:
         values = {"model": loaded.name, "data": source.name, "flags": not no_flags, "rows": found}
@@ -181,10 +181,6 @@ def _task(data: str, labels_from: str, no_flags: bool) -> tuple[Any, Any, list[s
     if not emoji:
         raise ConfigError(f"--no-flags: {source.name} isn't an emoji set, so it has no flags to leave out; drop it")
     return source, labels, [label.concept for label in labels_table() if not label.flag]
-
-
-def _interval(found: dict[str, float]) -> str:
-    return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from vlm.data.samples import caption_id, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, check_least
 
 logger = logging.getLogger("vlm.data")
 
@@ -48,10 +48,7 @@ class LoaderConfig:
     captions: CaptionVariation = field(default_factory=CaptionVariation)
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("workers", 0), ("max_length", 0), ("bucket_batches", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"loader.{name} must be at least {least}, got {value!r}")
+        check_least(self, "loader", {"batch_size": 1, "workers": 0, "max_length": 0, "bucket_batches": 1, "seed": 0})
         if self.max_length == 1:
             raise ConfigError("loader.max_length must be 0 (the tokenizer's own) or at least 2 (start and end token)")
 

@@ -112,15 +112,18 @@ class Checkpoints:
             problem = _reason(error)
         self._agree(problem, temporary)
 
-    def load(self, network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> Position:
-        """Put the newest checkpoint into the network, the optimiser and the average; every rank calls it.
+    def load(
+        self,
+        step: int,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: WeightAverage | None,
+    ) -> Position:
+        """Put the checkpoint after `step` steps into the network, the optimiser and the average.
 
-        Raises TrainingError when there is none, or it doesn't fit.
+        Every rank calls it. Raises TrainingError when it doesn't fit.
         """
-        steps = self.steps()
-        if not steps:
-            raise TrainingError(f"{self.folder}: no checkpoint to resume from; start without --resume")
-        folder = self.path(steps[-1])
+        folder = self.path(step)
         try:
             position = Position(**json.loads((folder / "trainer.json").read_text("utf-8")))
             state = _state(network, optimizer, average)

@@ -129,13 +129,15 @@ def train_clip(
     steps = steps_per_epoch(len(source), loader)
     job = Job(network, network.contrast, network.clamp_, batches, steps, export, evaluate, fingerprint)
     trainer = Trainer(job, config.train, run, here, progress=progress)
+    if resume:  # before anything of the run is changed: other data or another network is refused here
+        trainer.resume()
     if here.first and resume:
         go_on(run, to_yaml(config), finished=before == trainer.steps)
     elif here.first:
         start_run(run, to_yaml(config), describe(fingerprint, len(source)))
     wait(here)
     _log_sizes(network, trainer, len(source))
-    position = trainer.fit(resume=resume)
+    position = trainer.fit()
     trainer.checkpoints.publish(run / "model")
     return position
 

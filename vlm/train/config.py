@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
-from vlm.errors import ConfigError, nearest
+from vlm.errors import ConfigError, check_least, nearest
 
 Config = TypeVar("Config")
 
@@ -39,7 +39,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("lr", "weight_decay", "warmup", "final_lr", "clip_norm", "eps"), 0)
-        _check_least(self, "train.optim", least)
+        check_least(self, "train.optim", least)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.optim.betas must be at least 0 and below 1, got {self.betas!r}")
 
@@ -78,18 +78,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "seed", "evaluate_every", "save_every", "ema"), 0)
-        _check_least(self, "train", least | dict.fromkeys(("accumulate", "log_every", "keep"), 1))
+        check_least(self, "train", least | dict.fromkeys(("accumulate", "log_every", "keep"), 1))
         if not self.steps and not self.epochs > 0:
             raise ConfigError(f"train.epochs must be above 0, got {self.epochs!r}, unless train.steps is given")
         if self.ema >= 1:
             raise ConfigError(f"train.ema is a decay per step and must be below 1, got {self.ema!r}")
-
-
-def _check_least(config: Any, section: str, least: Mapping[str, float]) -> None:
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if not value >= bound:  # also refuses NaN
-            raise ConfigError(f"{section}.{name} must be at least {bound}, got {value!r}")
 
 
 def load_config(kind: type[Config], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -86,7 +86,7 @@ class Trainer:
         that can't be written, and when a resume doesn't fit; checkpoints written before stay intact.
         """
         if resume:
-            self._resume()
+            self.resume()
         log = Log(
             self.run,
             active=self.here.first,
@@ -196,12 +196,17 @@ class Trainer:
         self.position.average_steps = self.average.steps if self.average else 0
         self.checkpoints.save(self.network, self.optimizer, self.position, self.average)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Take up the newest checkpoint, or the beginning where none was written; `fit` goes on from there.
+
+        Raises TrainingError when the data is not what the run began with, or the checkpoint doesn't fit.
+        """
         self._check_data()
-        if not self.checkpoints.steps():
+        steps = self.checkpoints.steps()
+        if not steps:
             logger.info("no checkpoint was written before: from the beginning")
             return
-        self.position = self.checkpoints.load(self.network, self.optimizer, self.average)
+        self.position = self.checkpoints.load(steps[-1], self.network, self.optimizer, self.average)
         self.scale.value, self.scale.good = self.position.loss_scale, self.position.good
         if self.here.first:
             logger.info("going on after step %d of %d", self.position.step, self.steps)

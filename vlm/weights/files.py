@@ -49,19 +49,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
+            "save its state dict as safetensors, or get a version that is"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         if "TorchScript" in str(error):
             raise WeightsError(
                 f"{path}: a TorchScript program, which isn't run here; its weights come with "
                 "open_clip:ARCH/openai (such as open_clip:ViT-B-32/openai), or save its state dict as safetensors"
             ) from error
-        if isinstance(error, RuntimeError):
-            raise WeightsError(f"{path}: damaged or not a checkpoint ({str(error)[:200]}); fetch it again") from error
-        raise WeightsError(
-            f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
-            "save its state dict as safetensors, or get a version that is"
-        ) from error
-    except (SafetensorError, EOFError, ValueError, OSError) as error:
         raise WeightsError(f"{path}: damaged or not a checkpoint ({str(error)[:200]}); fetch it again") from error
     for name in ("state_dict", "model", "module"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
