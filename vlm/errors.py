@@ -18,6 +18,11 @@ class MissingVerbError(VlmError, AttributeError):
 class DataError(VlmError):
     """A picture, caption, shard or data source can't be used."""
 
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        """reason: why a picture was refused, for programs: ``bytes``, ``pixels``, ``format`` or ``damaged``."""
+        super().__init__(message)
+        self.reason = reason
+
 
 class WeightsError(VlmError):
     """A checkpoint can't be found, read or matched with a network."""

@@ -52,9 +52,9 @@ def decode_image(
     """
     content, name = read_encoded(source, limits, name)
     if not content:
-        raise DataError(f"{name}: empty file (0 bytes), expected a picture")
+        raise DataError(f"{name}: empty file (0 bytes), expected a picture", reason="damaged")
     if len(content) > limits.max_bytes:
-        raise DataError(_too_long(name, limits))
+        raise _too_long(name, limits)
     try:
         image = _open(content)
         _check_size(image, limits, name)
@@ -65,11 +65,12 @@ def decode_image(
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name}: more pixels than the limit of {limits.max_pixels:,}: shrink it") from error
+        message = f"{name}: more pixels than the limit of {limits.max_pixels:,}: shrink it"
+        raise DataError(message, reason="pixels") from error
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{name}: {_unknown(content)}") from error
+        raise DataError(f"{name}: {_unknown(content)}", reason="format") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise DataError(f"{name}: the picture is truncated or damaged ({error})") from error
+        raise DataError(f"{name}: the picture is truncated or damaged ({error})", reason="damaged") from error
 
 
 def load_image(obj: Any, *, limits: ImageLimits = DEFAULT_LIMITS, name: str = "") -> Image.Image:
@@ -130,7 +131,7 @@ def read_encoded(
             if path.exists() and not path.is_file():
                 raise DataError(f"{name}: not an ordinary file, expected a picture")
             if path.stat().st_size > limits.max_bytes:
-                raise DataError(_too_long(name, limits))
+                raise _too_long(name, limits)
             return path.read_bytes(), name
         except FileNotFoundError as error:
             raise DataError(f"{name}: no such file") from error
@@ -156,13 +157,14 @@ def _open(content: bytes) -> Image.Image:
 def _check_size(image: Image.Image, limits: ImageLimits, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
-        raise DataError(f"{name}: has no pixels ({width} x {height})")
+        raise DataError(f"{name}: has no pixels ({width} x {height})", reason="damaged")
     if width * height > limits.max_pixels:
-        raise DataError(f"{name}: {width:,} x {height:,} pixels, over the limit of {limits.max_pixels:,}: shrink it")
+        message = f"{name}: {width:,} x {height:,} pixels, over the limit of {limits.max_pixels:,}: shrink it"
+        raise DataError(message, reason="pixels")
 
 
-def _too_long(name: str, limits: ImageLimits) -> str:
-    return f"{name}: larger than the limit of {limits.max_bytes:,} bytes: shrink it"
+def _too_long(name: str, limits: ImageLimits) -> DataError:
+    return DataError(f"{name}: larger than the limit of {limits.max_bytes:,} bytes: shrink it", reason="bytes")
 
 
 def _unknown(content: bytes) -> str:

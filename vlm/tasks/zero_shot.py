@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,7 +63,7 @@ class ZeroShotClassifier:
         self.templates = resolve_templates(templates, self.model.tokenizer)
         self.model.network.eval()
         self.batch_size = batch_size
-        self.features = self._label_features()
+        self.features = run_steps(label_features(self.model, self.labels, self.templates, batch_size=batch_size))
         """(labels, D), unit norm."""
 
     def predict(self, images: Picture | Iterable[Picture], top_k: int = 5) -> Any:
@@ -110,38 +110,81 @@ class ZeroShotClassifier:
     def predict_pixels(self, pixels: Tensor, top_k: int = 5) -> list[list[Prediction]]:
         """Predictions for preprocessed pictures (B, 3, H, W)."""
         _check_top_k(top_k)
-        scores, places = self.scores(pixels).topk(min(top_k, len(self.labels)), dim=1)
-        return [
-            [Prediction(self.labels[place], score) for place, score in zip(row, values, strict=True)]
-            for row, values in zip(places.tolist(), scores.tolist(), strict=True)
-        ]
+        return best(self.scores(pixels), self.labels, top_k)
 
     def scores(self, pixels: Tensor) -> Tensor:
         """Probabilities (B, labels) of preprocessed pictures (B, 3, H, W)."""
         pixels = pixels.to(self.model.device, self.model.dtype)
         parts = [self.model.encode_image(part) for part in pixels.split(self.batch_size)]
-        # fp32 from here: a half-precision logit near 100 is off by 0.06.
-        return self.model.similarity(torch.cat(parts).float(), self.features).float().softmax(dim=1)
+        return probabilities(self.model, torch.cat(parts), self.features)
 
     def _batch(self, batch: Sequence[tuple[Picture, Tensor]], top_k: int) -> Iterator[tuple[Picture, list[Prediction]]]:
         found = self.predict_pixels(torch.stack([pixels for _, pixels in batch]), top_k)
         yield from zip([image for image, _ in batch], found, strict=True)
 
-    @torch.inference_mode()
-    def _label_features(self) -> Tensor:
-        """(labels, D) fp32: the mean over templates of unit features, made unit again (CLIP §3.1.4)."""
-        texts = [fill(template, label) for label in self.labels for template in self.templates]
-        # Texts of about one length run together, so that little padding is computed.
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        sums: Tensor | None = None
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            found = self.model.encode_text(self.model.tokens([texts[number] for number in chosen])).float()
+
+def label_features(
+    model: VisionLanguageModel, labels: Sequence[str], templates: Sequence[str], *, batch_size: int
+) -> Generator[None, None, Tensor]:
+    """(labels, D) fp32: the mean over templates of unit features, made unit again (CLIP §3.1.4).
+
+    In steps of `batch_size` texts, between which a service does other work; `run_steps` takes them all.
+    """
+    texts = [fill(template, label) for label in labels for template in templates]
+    # Summed as they come: all sentences of all labels may be more than fits in memory.
+    sums: Tensor | None = None
+    for chosen in by_length(texts, batch_size):
+        with torch.inference_mode():
+            found = model.encode_text(model.tokens([texts[number] for number in chosen])).float()
             if sums is None:
-                sums = found.new_zeros(len(self.labels), found.shape[1])
-            owners = torch.tensor([number // len(self.templates) for number in chosen], device=found.device)
+                sums = found.new_zeros(len(labels), found.shape[1])
+            owners = torch.tensor([number // len(templates) for number in chosen], device=found.device)
             sums.index_add_(0, owners, found)
-        return F.normalize(torch.zeros(0) if sums is None else sums, dim=-1)
+        yield
+    return F.normalize(torch.zeros(0) if sums is None else sums, dim=-1)
+
+
+def text_features(
+    model: VisionLanguageModel, texts: Sequence[str], *, batch_size: int
+) -> Generator[None, None, Tensor]:
+    """(texts, D) fp32, unit norm, in steps as `label_features`."""
+    places = by_length(texts, batch_size)
+    parts = []
+    for chosen in places:
+        parts.append(model.encode_text(model.tokens([texts[number] for number in chosen])).float())
+        yield
+    order = torch.tensor([number for chosen in places for number in chosen])
+    return torch.cat(parts)[order.argsort().to(parts[0].device)]
+
+
+def by_length(texts: Sequence[str], batch_size: int) -> list[list[int]]:
+    """Numbers of texts in batches of about one length, so that little padding is computed."""
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def run_steps(steps: Generator[None, None, Tensor]) -> Tensor:
+    """All steps at once, and what they return."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def probabilities(model: VisionLanguageModel, images: Tensor, labels: Tensor) -> Tensor:
+    """(images, labels) from features of pictures (N, D) and of labels (L, D)."""
+    # fp32 from here: a half-precision logit near 100 is off by 0.06.
+    return model.similarity(images.float(), labels).float().softmax(dim=1)
+
+
+def best(scores: Tensor, labels: Sequence[str], top_k: int) -> list[list[Prediction]]:
+    """The `top_k` most probable labels of each row of `scores` (N, labels), best first."""
+    values, places = scores.topk(min(top_k, len(labels)), dim=1)
+    return [
+        [Prediction(labels[place], score) for place, score in zip(row, found, strict=True)]
+        for row, found in zip(places.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def is_picture(value: object) -> bool:
