@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlm.apps import classify, data, evaluate, models, train
+from vlm.apps.serve import command as serve
 
 app = typer.Typer(
     help="Vision-language models, trained stage by stage.",
@@ -19,6 +20,7 @@ app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")
 app.command()(classify.classify)
+app.command()(serve.serve)
 app.command()(models.models)
 app.command()(models.export)
 app.command()(models.demo)

@@ -1,0 +1,1 @@
+"""The HTTP service: zero-shot classification and features of pictures and texts."""
