@@ -26,7 +26,9 @@ LABELS = ["red", "green", "blue"]
 
 
 def classify(client, *images, labels=LABELS, **more):
-    return client.post("/v1/classify", json={"images": [base64_of(image) for image in images], "labels": labels, **more})
+    return client.post(
+        "/v1/classify", json={"images": [base64_of(image) for image in images], "labels": labels, **more}
+    )
 
 
 def code(response) -> tuple[int, str]:
@@ -98,7 +100,7 @@ def test_a_warm_call_runs_the_text_tower_zero_times() -> None:
         classify(client, plain("red"), templates="a photo of a {}.")
         assert model.network.text_rows == [2, 3]
         classify(client, plain("red"), labels=["red", "green", "blue", "yellow", "purple", "black"])  # too many to keep
-        assert "vlm_label_cache_total{result=\"hit\"} 3.0" in client.get("/metrics").text
+        assert 'vlm_label_cache_total{result="hit"} 3.0' in client.get("/metrics").text
 
 
 def test_pictures_of_concurrent_requests_run_together_and_give_the_same() -> None:

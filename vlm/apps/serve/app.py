@@ -78,11 +78,24 @@ class Service:
         self.metrics = Metrics()
         self.batcher = Batcher(model, self.metrics, batch_size=config.batch_size, queue=config.queue)
         self.labels = LabelCache(self.batcher, size=config.cached_labels)
-        self.decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
         self.limits = ImageLimits(max_bytes=config.max_bytes, max_pixels=config.max_pixels)
         self.ready = False
         self.dimensions = 0
         """Length of a feature; known after the warm-up."""
+
+    async def start(self) -> None:
+        """Begin to take requests; the model warms up meanwhile."""
+        self.decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self.batcher.start()
+        self.warming = asyncio.create_task(self.warm_up())
+
+    async def stop(self) -> None:
+        """Finish what is queued, then end."""
+        self.ready = False
+        self.warming.cancel()
+        await asyncio.gather(self.warming, return_exceptions=True)
+        await self.batcher.stop()
+        self.decoders.shutdown()
 
     async def warm_up(self) -> None:
         """Run both towers once, so that the first request finds them ready."""
@@ -223,13 +236,9 @@ def create_app(model: VisionLanguageModel, config: ServeConfig, *, templates: tu
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.batcher.start()
-        warming = asyncio.create_task(service.warm_up())
+        await service.start()
         yield
-        warming.cancel()
-        await asyncio.gather(warming, return_exceptions=True)
-        await service.batcher.stop()
-        service.decoders.shutdown()
+        await service.stop()
 
     app = FastAPIOffline(
         title="vlm", version=__version__, lifespan=lifespan, redoc_url=None,

@@ -45,12 +45,12 @@ class Batcher:
         self._seconds = 0.0  # a request takes on average, as far as the last ones tell
         self._images: deque[_Job] = deque()
         self._texts: deque[tuple[Steps, asyncio.Future[Tensor]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to run what is queued; needs a running event loop."""
+        """Begin to run what is queued, also once more after `stop`; needs a running event loop."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
