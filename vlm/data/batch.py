@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,9 @@ class Tokens(Mapping[str, Tensor]):
         return Tokens(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
 
 
+TENSORS = ("pixels", "tokens", "ids", "masked_ids", "labels", "pixel_mask")
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Pictures with one text each: the rows that one rank takes in one step."""
@@ -86,23 +90,25 @@ class Batch:
     skipped: tuple[str, ...] = ()
     """What was wrong with pictures that could not be decoded on the way."""
 
+    masked_ids: Tensor | None = None
+    """(B, L) the texts' ids with some hidden, for MLM; None where nothing is to be guessed."""
+
+    labels: Tensor | None = None
+    """(B, L) the ids that were hidden there, -100 elsewhere; goes with `masked_ids`."""
+
+    pixel_mask: Tensor | None = None
+    """(B, H, W) bool, true on pixels that aren't padding; None where all pictures fill theirs."""
+
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy the tensors to a device."""
-        return replace(
-            self,
-            pixels=self.pixels.to(device, non_blocking=non_blocking),
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            ids=self.ids.to(device, non_blocking=non_blocking),
-        )
+        return self._changed(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory (called by torch's DataLoader)."""
-        return replace(
-            self, pixels=self.pixels.pin_memory(), tokens=self.tokens.pin_memory(), ids=self.ids.pin_memory()
-        )
+        return self._changed(lambda part: part.pin_memory())
 
     def split(self, parts: int) -> list[Batch]:
         """Cut into `parts` consecutive batches of nearly equal size (fewer when there are fewer rows).
@@ -115,15 +121,20 @@ class Batch:
         parts = min(parts, rows) or 1
         for part in range(parts):
             stop = start + rows // parts + (part < rows % parts)
-            cut = slice(start, stop)
-            out.append(
-                replace(
-                    self,
-                    pixels=self.pixels[cut],
-                    tokens=self.tokens.select(cut),
-                    ids=self.ids[cut],
-                    keys=self.keys[cut],
-                )
-            )
+            out.append(self._rows(slice(start, stop)))
             start = stop
         return out
+
+    def _rows(self, cut: slice) -> Batch:
+        tokens = self.tokens.select(cut)
+        length = tokens.input_ids.shape[1]
+        found = {"pixels": self.pixels[cut], "tokens": tokens, "ids": self.ids[cut], "keys": self.keys[cut]}
+        if self.masked_ids is not None and self.labels is not None:
+            found |= {"masked_ids": self.masked_ids[cut, :length], "labels": self.labels[cut, :length]}
+        if self.pixel_mask is not None:
+            found |= {"pixel_mask": self.pixel_mask[cut]}
+        return replace(self, **found)
+
+    def _changed(self, change: Callable[[Any], Any]) -> Batch:
+        parts = {name: getattr(self, name) for name in TENSORS}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError, nearest
+from vlm.models.stage import Encoded, Taught, joint_loss
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
 from vlm.objectives.itc import itc, sigmoid_itc
@@ -47,8 +48,8 @@ class ClipConfig:
     """Rows of the loss compared at a time; 0 for all. Saves memory at large batches."""
 
 
-class Pairs(Protocol):
-    """What `Clip.forward` reads of a batch."""
+class Rows(Protocol):
+    """What a stage's encoding reads of a batch."""
 
     @property
     def pixels(self) -> Tensor:
@@ -65,7 +66,7 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         _check(config)
-        self.config = config
+        self.config, self.loss_weights = config, {"itc": 1.0}
         self.image = ViT(config.image)
         self.text = Transformer(config.text)
         self.image_projection = nn.Linear(config.image.width, config.embed_dim, bias=False)
@@ -99,18 +100,20 @@ class Clip(nn.Module):
         logits = self.logit_scale * image_features @ text_features.T
         return logits if self.logit_bias is None else logits + self.logit_bias
 
-    def forward(self, batch: Pairs) -> dict[str, Tensor]:
+    def forward(self, batch: Rows) -> Encoded:
         """Features of a batch and the parameters that the loss needs.
 
         A training step is this forward: all that gets a gradient leaves through it, so that DDP and FSDP2,
         which synchronise only what runs in `forward`, see all of it.
 
         Returns:
-            `image` and `text`, each (B, D); `log_scale` (1,) and, if there is one, `logit_bias` (1,).
+            Features alone: `image` and `text`, each (B, D); `log_scale` (1,) and, if there is one,
+            `logit_bias` (1,).
         """
         features = {"image": self.encode_image(batch.pixels), "text": self.encode_text(batch.tokens)}
         shared = {"log_scale": self.log_scale, "logit_bias": self.logit_bias}
-        return features | {name: value * 1.0 for name, value in shared.items() if value is not None}
+        features |= {name: value * 1.0 for name, value in shared.items() if value is not None}
+        return Encoded(features, {}, {})
 
     def contrast(
         self,
@@ -119,6 +122,7 @@ class Clip(nn.Module):
         *,
         row_ids: Tensor,
         ids: Tensor,
+        taught: Taught | None = None,
     ) -> dict[str, Tensor]:
         """The losses of this rank's rows against everyone's features.
 
@@ -126,9 +130,10 @@ class Clip(nn.Module):
             features: what `forward` gave for the rows, `image` and `text` (b, D).
             everyone: `image` and `text` (B, D) of all ranks and micro-batches, the rows among them.
             row_ids, ids: (b, K) and (B, K); equal ids are positives of each other.
+            taught: CLIP has no teacher, so this must be None.
 
         Returns:
-            `loss`, the total, its named parts, and `scale`, the inverse temperature.
+            `itc`, and `scale`, the inverse temperature.
         """
         scale = features["log_scale"].exp()
         rows, ids_of, chunk = (
@@ -141,12 +146,11 @@ class Clip(nn.Module):
             loss = sigmoid_itc(*rows, everyone["text"], scale=scale, bias=bias, chunk=chunk, **ids_of)
         else:
             loss = itc(*rows, everyone["image"], everyone["text"], scale=scale, chunk=chunk, **ids_of)
-        return {"loss": loss, "itc": loss.detach(), "scale": scale.detach().squeeze(0)}
+        return {"itc": loss, "scale": scale.detach().squeeze(0)}
 
-    def loss(self, batch: Pairs, ids: Tensor) -> dict[str, Tensor]:
-        """Losses of one batch alone, without other ranks or micro-batches; `ids` is (B, K)."""
-        features = self(batch)
-        return self.contrast(features, features, row_ids=ids, ids=ids)
+    def loss(self, batch: Rows) -> dict[str, Tensor]:
+        """Losses of one batch alone, without other ranks or micro-batches; ``loss`` is the total."""
+        return joint_loss(self, batch)
 
     @torch.no_grad()
     def clamp_(self) -> None:

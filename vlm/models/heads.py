@@ -1,0 +1,27 @@
+"""Small heads on top of a network's states."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm.models.transformer import activation
+
+
+class MlmHead(nn.Module):
+    """BERT's prediction of masked tokens: linear, activation, norm, and the token embedding as the last matrix.
+
+    The embedding is given with each call, so that its tensor is stored once.
+    """
+
+    def __init__(self, width: int, vocab_size: int, *, norm_eps: float = 1e-12, act: str = "gelu") -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.act = activation(act)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, states: Tensor, embedding: Tensor) -> Tensor:
+        """Map (..., D) states to (..., V) logits; `embedding` is the (V, D) token embedding."""
+        return F.linear(self.norm(self.act(self.dense(states))), embedding, self.bias)
