@@ -84,21 +84,33 @@ def retrieval(
     model: Model = DEFAULT_MODEL,
     distractors: Annotated[str, typer.Option(help="More pictures to fill the gallery, never asked for.")] = "",
     gallery: Annotated[int, typer.Option(min=2, help="Pictures and texts that a query is searched among.")] = 500,
+    galleries: Annotated[int, typer.Option(min=0, help="Galleries at most; 0 for all that the data fill.")] = 0,
+    rerank: Annotated[int, typer.Option(min=0, help="Nearest candidates that ITM scores again; 0 for none.")] = 0,
+    score: Annotated[str, typer.Option(help="Of re-ranked pairs: itm, or itm+itc (adds the cosine).")] = "itm",
     seed: Annotated[int, typer.Option(help="Draws the galleries and the bootstrap.")] = 0,
     out: Out = None,
     device: Device = "auto",
 ) -> None:
-    """Recall at 1, 5 and 10, pictures by text and texts by picture."""
+    """Recall at 1, 5 and 10, pictures by text and texts by picture; with --rerank, before and after it.
+
+    A model that only judges pairs (ViLT) runs all of them whole: the gallery's size squared, for each gallery.
+    """
     from vlm.data.sources import open_source
+    from vlm.tasks.rerank import check_rerank
     from vlm.tasks.retrieval import evaluate_retrieval
 
     log_warnings()
     check_output(out, folder=True)
+    check_rerank(rerank, score)
     source = open_source(data)
     more = open_source(distractors) if distractors else None
-    report = evaluate_retrieval(load_model(model, device), source, distractors=more, gallery=gallery, seed=seed)
+    report = evaluate_retrieval(
+        load_model(model, device), source, distractors=more, gallery=gallery, galleries=galleries,
+        rerank=rerank, score=score, seed=seed,
+    )  # fmt: skip
+    header = ["direction", "measure", f"by {report.score}, % [95 % interval]", "chance %"]
     rows = [
-        (way.replace("_", " "), f"R@{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}")
+        [way.replace("_", " "), f"R@{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}"]
         for way, at in report.recall.items()
         for k, figure in at.items()
     ]
@@ -108,7 +120,15 @@ def retrieval(
     )
     if report.gallery < gallery:
         typer.echo(f"the data fills no gallery of {gallery}; --distractors adds pictures to search among", err=True)
-    typer.echo(table(["direction", "measure", "% [95 % interval]", "chance %"], rows))
+    pairs, again = report.pairs, report.reranked
+    if again is not None:
+        pairs = again.pairs
+        header.insert(3, f"{again.k} re-ranked by {again.score}, %")
+        for row, figure in zip(rows, (f for at in again.recall.values() for f in at.values()), strict=True):
+            row.insert(3, percent(figure.as_dict()))
+    if pairs:
+        typer.echo(f"pairs run: {pairs}")
+    typer.echo(table(header, rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict() | {"distractors": distractors, "seed": seed})
 
