@@ -23,6 +23,7 @@ from vlm.apps.common import (
     table,
     write_text,
 )
+from vlm.apps.explain import Layer, Method
 
 app = typer.Typer(help="Measure a model on a data set.", no_args_is_help=True)
 
@@ -101,12 +102,12 @@ def retrieval(
 
     log_warnings()
     check_output(out, folder=True)
-    check_rerank(rerank, score)
+    by = check_rerank(rerank, score)
     source = open_source(data)
     more = open_source(distractors) if distractors else None
     report = evaluate_retrieval(
         load_model(model, device), source, distractors=more, gallery=gallery, galleries=galleries,
-        rerank=rerank, score=score, seed=seed,
+        rerank=rerank, score=by, seed=seed,
     )  # fmt: skip
     header = ["direction", "measure", f"by {report.score}, % [95 % interval]", "chance %"]
     rows = [
@@ -168,6 +169,39 @@ def prompts(
     if out is not None:
         values = {"model": loaded.name, "data": source.name, "flags": not no_flags, "rows": found}
         _write_json(out / "report.json", values)
+
+
+@app.command()
+def pointing(
+    data: Data,
+    model: Model = DEFAULT_MODEL,
+    collages: Annotated[int, typer.Option(min=1, help="Collages of four pictures to play on.")] = 200,
+    method: Method = "auto",
+    layer: Layer = 3,
+    control: Annotated[bool, typer.Option(help="Let the same architecture with random weights play too.")] = True,
+    seed: Annotated[int, typer.Option(help="Draws the collages, the control's weights and the bootstrap.")] = 0,
+    out: Out = None,
+    device: Device = "auto",
+) -> None:
+    """The pointing game: is the heat of a text in the right one of four pictures? A guess is, a quarter of the time."""
+    from vlm.data.sources import open_source
+    from vlm.tasks.pointing import evaluate_pointing
+
+    log_warnings()
+    check_output(out, folder=True)
+    source = open_source(data)
+    report = evaluate_pointing(
+        load_model(model, device), source, count=collages, method=method, layer=layer, control=control, seed=seed
+    )
+    sides = [("trained", report.trained), *([("random weights", report.control)] if report.control else [])]
+    rows = [
+        (name, percent(found.hits.as_dict()), percent(found.heat.as_dict()), f"{100 * found.hits.chance:.0f}")
+        for name, found in sides
+    ]
+    typer.echo(f"{report.model} on {report.data}: {report.trained.hits.count} collages, {report.method}")
+    typer.echo(table(["weights", "hottest patch right, %", "heat in the right picture, %", "chance %"], rows))
+    if out is not None:
+        _write_json(out / "report.json", report.as_dict())
 
 
 def _depths(text: str) -> list[int]:

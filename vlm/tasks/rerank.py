@@ -212,9 +212,10 @@ def reranked(scores: np.ndarray, candidates: np.ndarray, found: np.ndarray) -> n
     return final
 
 
-def check_rerank(k: int, score: str) -> None:
-    """Raises ConfigError for a depth or a score that doesn't exist."""
+def check_rerank(k: int, score: str) -> Score:
+    """The score, if it and the depth exist. Raises ConfigError otherwise."""
     if k < 0:
         raise ConfigError(f"rerank must be 0 (off) or the number of candidates to score again, got {k}")
     if score not in SCORES:
         raise ConfigError(f"score {score!r}: expected one of {', '.join(SCORES)}")
+    return "itm" if score == "itm" else "itm+itc"
