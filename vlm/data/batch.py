@@ -125,6 +125,10 @@ class Batch:
             start = stop
         return out
 
+    def with_masks(self, masked_ids: Tensor, labels: Tensor) -> Batch:
+        """The batch with hidden tokens, each (B, L)."""
+        return replace(self, masked_ids=masked_ids, labels=labels)
+
     def _rows(self, cut: slice) -> Batch:
         tokens = self.tokens.select(cut)
         length = tokens.input_ids.shape[1]

@@ -127,7 +127,7 @@ def train_clip(
         save_model(copy, tokenizer, transform, folder, name=config.name)
 
     steps = steps_per_epoch(len(source), loader)
-    job = Job(network, network.contrast, network.clamp_, batches, steps, export, evaluate, fingerprint)
+    job = Job(network, batches, steps, export, evaluate, fingerprint)
     trainer = Trainer(job, config.train, run, here, progress=progress)
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
