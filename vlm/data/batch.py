@@ -132,7 +132,8 @@ class Batch:
     def _rows(self, cut: slice) -> Batch:
         tokens = self.tokens.select(cut)
         length = tokens.input_ids.shape[1]
-        found = {"pixels": self.pixels[cut], "tokens": tokens, "ids": self.ids[cut], "keys": self.keys[cut]}
+        found: dict[str, Any] = {"tokens": tokens, "keys": self.keys[cut]}
+        found |= {"pixels": self.pixels[cut], "ids": self.ids[cut]}
         if self.masked_ids is not None and self.labels is not None:
             found |= {"masked_ids": self.masked_ids[cut, :length], "labels": self.labels[cut, :length]}
         if self.pixel_mask is not None:

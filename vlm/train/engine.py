@@ -152,8 +152,9 @@ class Trainer:
         if finite:
             shorten_(trained, norm, optim.clip_norm)
             self.optimizer.step()
-            if hasattr(self.job.network, "clamp_"):
-                self.job.network.clamp_()
+            clamp = getattr(self.job.network, "clamp_", None)
+            if clamp is not None:
+                clamp()
             if self.average is not None:
                 self.average.update()
             if self.teaching is not None:

@@ -164,7 +164,7 @@ def _teach(now: _Step, number: int) -> tuple[Features, Features]:
     teaching, micro = now.context.teaching, now.micros[number]
     if teaching is None:
         return {}, {}
-    teacher = teaching.teacher.network
+    teacher: Any = teaching.teacher.network
     with torch.no_grad(), now.context.autocast():
         features, states, inputs = teacher(micro)
         targets = teacher.teach(micro, states, inputs) if hasattr(teacher, "teach") else {}

@@ -34,7 +34,7 @@ class EmaTeacher:
         """Length of the difference of all weights over the length of the student's."""
         own, theirs = self._both(student)
         gap = torch._foreach_sub(theirs, own)
-        return float(_length(gap) / _length(theirs).clamp(min=1e-12))
+        return float(_length(list(gap)) / _length(theirs).clamp(min=1e-12))
 
     def _both(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         pairs = zip(self.network.parameters(), student.parameters(), strict=True)
