@@ -9,6 +9,20 @@ from torch import Tensor, nn
 from vlm.models.transformer import activation
 
 
+class ClassifierHead(nn.Module):
+    """Classes of a pooled pair: linear, norm, GELU, linear (ViLT's VQA and NLVR2 heads)."""
+
+    def __init__(self, width: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.out = nn.Linear(hidden, classes)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map (B, width) to (B, classes) logits."""
+        return self.out(F.gelu(self.norm(self.up(pooled))))
+
+
 class MlmHead(nn.Module):
     """BERT's prediction of masked tokens: linear, activation, norm, and the token embedding as the last matrix.
 

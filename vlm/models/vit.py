@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError, nearest
 
@@ -80,10 +83,67 @@ class ViT(nn.Module):
 
         Raises ValueError when the patch size does not divide both sides.
         """
+        self._check_sides(pixels)
+        return self.trunk.forward_features(pixels)
+
+    def embed(self, pixels: Tensor, pixel_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[CLS] and patches as they enter the first layer, for pictures of different size in one batch.
+
+        A picture's positions are interpolated over its own patches, bilinearly and corner to corner, as ViLT
+        (arXiv 2102.03334) does.
+
+        Args:
+            pixels: (B, 3, H, W) normalised, smaller pictures padded at the right and at the bottom.
+            pixel_mask: (B, H, W) boolean, true on pixels that aren't padding; None where there is none.
+
+        Returns:
+            (B, N, D) tokens, and (B, N) boolean, true on those that aren't padding.
+
+        Raises ValueError when the patch size does not divide both sides, or a picture has no pixels.
+        """
+        self._check_sides(pixels)
+        patches = self.trunk.patch_embed(pixels)  # (B, H / patch, W / patch, D)
+        rows, high, wide, _ = patches.shape
+        if pixel_mask is None:
+            mask = patches.new_ones(rows, high * wide, dtype=torch.bool)  # (B, N - 1)
+            positions = self._positions(high, wide)  # (N - 1, D)
+        else:
+            step = self.config.patch_size
+            grid = pixel_mask.bool()[:, ::step, ::step]  # (B, H / patch, W / patch)
+            sizes = torch.stack([grid[:, :, 0].sum(dim=1), grid[:, 0].sum(dim=1)], dim=1)  # (B, 2)
+            different, which = sizes.unique(dim=0, return_inverse=True)
+            if not different.all():
+                raise ValueError("pixel_mask leaves a picture without pixels in its upper left corner")
+            positions = torch.stack([self._positions(high, wide, *size) for size in different.tolist()])[which]
+            mask = grid.flatten(1)
+        first = self.trunk.cls_token + self.trunk.pos_embed[:, :1]  # type: ignore[operator, index]  # (1, 1, D)
+        x = torch.cat([first.expand(rows, -1, -1), patches.flatten(1, 2) + positions], dim=1)  # (B, N, D)
+        return self.trunk.norm_pre(self.trunk.pos_drop(x)), F.pad(mask, (1, 0), value=True)
+
+    def run(self, x: Tensor, key_mask: Tensor) -> Tensor:
+        """The layers and the final norm over any tokens (B, S, D); `key_mask` (B, S) is true on real ones."""
+        mask = key_mask[:, None, None, :]  # (B, 1, 1, S)
+        for block in self.trunk.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, attn_mask=mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=mask)
+        return self.trunk.norm(x)
+
+    def _positions(self, high: int, wide: int, rows: int = 0, columns: int = 0) -> Tensor:
+        """Positions of a picture of rows x columns patches, then zeros up to high x wide: (high * wide, D)."""
+        rows, columns = rows or high, columns or wide
+        side = self.config.image_size // self.config.patch_size
+        stored: Tensor = self.trunk.pos_embed[:, 1:]  # type: ignore[index]  # (1, side * side, D)
+        grid = stored.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        if (rows, columns) != (side, side):
+            grid = F.interpolate(grid, (rows, columns), mode="bilinear", align_corners=True)
+        return F.pad(grid, (0, wide - columns, 0, high - rows))[0].flatten(1).T
+
+    def _check_sides(self, pixels: Tensor) -> None:
         (height, width), patch = pixels.shape[-2:], self.config.patch_size
         if height % patch or width % patch:
             raise ValueError(f"image of {height} x {width} pixels can't be cut into patches of {patch}; resize it")
-        return self.trunk.forward_features(pixels)
 
 
 def _check(config: ViTConfig) -> None:

@@ -21,13 +21,14 @@ def draw_negatives(weights: Tensor, positive: Tensor, draws: Tensor) -> Tensor:
     Returns:
         (b,) column numbers; -1 where a row has no negative.
     """
-    # Even a softmax that underflows leaves something to draw from (the official code adds 1e-4 likewise).
-    mass = (weights.double() + 1e-8).masked_fill(positive, 0.0)  # (b, B)
+    mass = weights.double().masked_fill(positive, 0.0)  # (b, B)
+    # A softmax that is sure of its positives underflows: then every negative is as good as another.
+    mass = torch.where((mass.sum(dim=1, keepdim=True) > 0) | positive, mass, 1.0)
     ends = mass.cumsum(dim=1)
     target = draws.double()[:, None] * ends[:, -1:]  # (b, 1)
     chosen = torch.searchsorted(ends, target, right=True).squeeze(1)  # (b,)
     # A rounded target can reach the last end: step back to the last column that has mass.
-    last = torch.where(positive, -1, torch.arange(positive.shape[1], device=positive.device)).amax(dim=1)
+    last = torch.where(mass > 0, torch.arange(mass.shape[1], device=mass.device), -1).amax(dim=1)
     return torch.minimum(chosen, last)
 
 
