@@ -3,77 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.tasks.small import WORDS, ColourNetwork, colour_model
 from vlm.data.transforms import ImageTransform
-from vlm.models.transformer import KeyValues, Transformer, TransformerConfig
-from vlm.models.vit import ViT, ViTConfig
+from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.transformer import TransformerConfig
+from vlm.models.vilt import Vilt, ViltConfig
+from vlm.models.vit import ViTConfig
 from vlm.weights.loaded import VisionLanguageModel
 
 PLAIN = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "squash", "bicubic")
-
-
-class FusedNetwork(nn.Module):
-    """The verbs of a model whose text layers' upper half looks at image states; counts what it is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image = ViT(ViTConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_width=64))
-        self.text = Transformer(
-            TransformerConfig(
-                vocab_size=WORDS.vocab_size, context_length=64, width=32, layers=4, heads=2, mlp_width=64,
-                norm="post", cross_layers=(2, 3), cross_width=32,
-            )
-        )  # fmt: skip
-        self.head = nn.Linear(32, 2)
-        self.asked: Counter[str] = Counter()
-
-    def image_states(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        self.asked["images"] += len(pixels)
-        states = self.image(pixels)
-        return F.normalize(states[:, 0], dim=-1), states
-
-    def text_states(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        self.asked["texts"] += len(tokens["input_ids"])
-        mask = tokens["attention_mask"].bool()
-        states = self.text(self.text.embed(tokens["input_ids"]), key_mask=mask, layers=slice(2))
-        return F.normalize(states[:, 0], dim=-1), states, mask
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return self.image_states(pixels)[0]
-
-    def encode_text(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        return self.text_states(tokens)[0]
-
-    def image_keys_values(self, states: Tensor) -> list[KeyValues | None]:
-        self.asked["keys and values"] += len(states)
-        return self.text.image_states(states)
-
-    def match_states(self, states: Tensor, mask: Tensor, image_kv: Sequence[KeyValues | None]) -> Tensor:
-        self.asked["pairs"] += len(states)
-        return self.head(self.text(states, key_mask=mask, image=image_kv, layers=slice(2, None))[:, 0])
-
-    def match(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-        _, states, mask = self.text_states(tokens)
-        return self.match_states(states, mask, self.image_keys_values(self.image_states(pixels)[1]))
-
-
-class PairNetwork(nn.Module):
-    """Only whole pairs, as ViLT."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.asked = 0
-
-    def match(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
-        self.asked += len(pixels)
-        return self.inner.match(pixels, tokens)
+IMAGE = ViTConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_width=64)
+TEXT = TransformerConfig(
+    vocab_size=WORDS.vocab_size, context_length=64, width=32, layers=4, heads=2, mlp_width=64,
+    token_types=2, cross_layers=(2, 3), cross_width=32,
+)  # fmt: skip
+COUNTED = {"image_states": "images", "text_states": "texts", "image_keys_values": "keys and values"}
+COUNTED |= {"match_states": "pairs", "match": "whole pairs"}
 
 
 class JudgingColours(nn.Module):
@@ -96,19 +47,49 @@ class JudgingColours(nn.Module):
 
 
 def fused_model(seed: int = 0) -> VisionLanguageModel:
+    """A small ALBEF; `network.asked` counts the rows of each verb."""
     torch.manual_seed(seed)
-    network = FusedNetwork().eval()
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return VisionLanguageModel(network, WORDS, PLAIN, name="fused", family="albef")
+    return _model(Albef(AlbefConfig(IMAGE, TEXT, embed_dim=16)), "fused", "albef", seed)
 
 
-def pair_model(seed: int = 0) -> VisionLanguageModel:
-    network = PairNetwork(fused_model(seed).network)
-    return VisionLanguageModel(network, WORDS, PLAIN, name="pairs", family="vilt")
+def pair_model(seed: int = 0, transform: ImageTransform = PLAIN) -> VisionLanguageModel:
+    """A small ViLT, counted likewise."""
+    torch.manual_seed(seed)
+    config = ViltConfig(IMAGE, vocab_size=WORDS.vocab_size, context_length=64)
+    return _model(Vilt(config), "pairs", "vilt", seed, transform)
+
+
+def whole_fused_model(seed: int = 0) -> VisionLanguageModel:
+    """The ALBEF of `fused_model` that only judges whole pairs."""
+    inner = fused_model(seed).network
+    network = nn.Module()
+    network.weight = nn.Parameter(torch.zeros(1))
+    network.match = inner.match  # type: ignore[assignment]
+    return VisionLanguageModel(network, WORDS, PLAIN, name="whole", family="vilt")
 
 
 def judging_colours(blind: bool) -> VisionLanguageModel:
     transform = colour_model().transform
     return VisionLanguageModel(JudgingColours(blind), WORDS, transform, name="judge", family="albef")
+
+
+def _model(network: Any, name: str, family: str, seed: int, transform: ImageTransform = PLAIN) -> VisionLanguageModel:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for one, parameter in network.named_parameters():
+            if one != "log_scale":
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    network.eval().requires_grad_(False)
+    network.asked = Counter()
+    for verb, what in COUNTED.items():
+        if hasattr(network, verb):
+            setattr(network, verb, _counting(network, getattr(network, verb), what))
+    return VisionLanguageModel(network, WORDS, transform, name=name, family=family)
+
+
+def _counting(network: Any, verb: Any, what: str) -> Any:
+    def counted(first: Any, *more: Any, **named: Any) -> Any:
+        network.asked[what] += len(first["input_ids"]) if isinstance(first, Mapping) else len(first)
+        return verb(first, *more, **named)
+
+    return counted

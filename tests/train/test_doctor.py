@@ -16,9 +16,9 @@ from vlm.train.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 Change = Callable[[int, float], dict[str, float]]
 CONFIG = {
-    "model": {"logit_scale_max": 100.0, "queue": 960},
+    "model": {"logit_scale_max": 100.0},
     "loader": {"batch_size": 64},
-    "train": {"teacher": {"momentum": 0.995}, "optim": {"warmup": 200, "clip_norm": 1.0, "lr": 1e-3}},
+    "train": {"teacher": {"decay": 0.995, "queue": 960}, "optim": {"warmup": 200, "clip_norm": 1.0, "lr": 1e-3}},
 }
 LN2, THIRD = math.log(2), math.log(3) - 2 / 3 * math.log(2)
 

@@ -10,7 +10,8 @@ import typer
 from vlm.apps.common import DEFAULT_MODEL, Device, Model, check_output, load_model, log_warnings
 
 Method = Annotated[
-    str, typer.Option(help="grad-cam (ALBEF), plan (ViLT), cam, relevance or rollout (CLIP); auto for the model's best.")
+    str,
+    typer.Option(help="grad-cam (ALBEF), plan (ViLT), cam, relevance or rollout (CLIP); auto for the model's best."),
 ]
 Layer = Annotated[int, typer.Option(min=1, help="Of the fusion layers, the first is 1, for grad-cam.")]
 

@@ -46,9 +46,10 @@ def explain(
     """Heat of each word of a text, and of all of it, over a picture.
 
     image: path, PIL image, array (H, W, 3) or bytes. method: see `vlm.tasks.heat`; ``auto`` for the model's
-    best. layer: of the fusion layers, for ``grad-cam``. words: whether each word is wanted too; ``rollout`` has none. The whole is
-    the mean over tokens (``grad-cam``), the sum over words (``plan``), or its own map. Raises ConfigError for
-    an empty text or an unknown method, MissingVerbError when the model can't, DataError for a bad picture.
+    best. layer: of the fusion layers, for ``grad-cam``. words: whether each word is wanted too; ``rollout``
+    has none. The whole is the sum over tokens where each has a map (``grad-cam``, ``plan``), else a map of its
+    own. Raises ConfigError for an empty text or an unknown method, MissingVerbError when the model can't,
+    DataError for a bad picture.
     """
     method = choose_method(model, method)
     shown = text.split()
@@ -96,7 +97,9 @@ def word_places(model: VisionLanguageModel, text: str, length: int) -> tuple[lis
 
 def explanation_picture(model: VisionLanguageModel, image: Any, explanation: Explanation) -> Image.Image:
     """The picture as the model sees it, then the heat of the whole text and of each word laid over it."""
-    seen = model.transform.fit(load_image(image)).resize((TILE, TILE), Image.Resampling.BICUBIC)
+    seen = model.transform.fit(load_image(image))
+    scale = TILE / max(seen.size)
+    seen = seen.resize((round(scale * seen.width), round(scale * seen.height)), Image.Resampling.BICUBIC)
     tiles = [("picture", seen), (f"all of it ({explanation.method})", overlay(seen, explanation.whole))]
     tiles += [(word, overlay(seen, one)) for word, one in zip(explanation.words, explanation.maps, strict=True)]
     columns, font = min(COLUMNS, len(tiles)), ImageFont.load_default(14)

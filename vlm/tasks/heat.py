@@ -104,9 +104,8 @@ def grad_cam(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor], *, laye
     crosses = [found.cross_attn for found in network.text.layers if found.cross_attn is not None]
     chosen = crosses[min(layer, len(crosses)) - 1]
     with torch.enable_grad(), _cross_attention(chosen) as maps:
-        _, states = network.image_states(pixels)
-        _, words, mask = network.text_states(tokens)
-        logits = network.match_states(words, mask, network.image_keys_values(states))  # (1, 2)
+        image, text = network.image_states(pixels).states, network.text_states(tokens)
+        logits = network.match_states(text.states, text.mask, network.image_keys_values(image))  # (1, 2)
         (gradient,) = torch.autograd.grad(logits[:, MATCHED].sum(), maps)  # (1, H, L, N)
     return (maps[0].detach() * gradient.clamp(min=0))[0].mean(dim=0)
 

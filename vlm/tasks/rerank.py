@@ -72,15 +72,17 @@ class Texts:
 class Rows:
     """What pairs are made of, a picture and a text in each row; on the CPU."""
 
-    pictures: Tensor
-    """(N, P, W) image states, or (N, 3, H, W) pixels for a model that shares nothing."""
+    pictures: list[Tensor]
+    """Image states (P, W) each, or pixels (3, H, W) for a model that shares nothing."""
     texts: Texts
     """Unimodal states (W each), or token ids."""
 
     @staticmethod
     def joined(parts: list[Rows]) -> Rows:
         """Rows of several sources one after the other."""
-        return Rows(torch.cat([part.pictures for part in parts]), Texts.joined([part.texts for part in parts]))
+        return Rows(
+            [picture for part in parts for picture in part.pictures], Texts.joined([part.texts for part in parts])
+        )
 
 
 def has_states(model: VisionLanguageModel) -> bool:
@@ -112,29 +114,38 @@ def source_rows(
         image, text, picture, word = _encode(model, batch.to(model.device))
         images.append(image.float().cpu())
         texts.append(text.float().cpu())
-        pictures.append(picture.cpu())
+        pictures += picture
         words.append(word)
         ids.append(batch.ids.numpy())
         keys += batch.keys
     if not keys:
         raise DataError(f"{source.name}: no picture could be read")
     features = SourceFeatures(torch.cat(images), torch.cat(texts), np.concatenate(ids), tuple(keys))
-    return features, Rows(torch.cat(pictures), Texts.joined(words))
+    return features, Rows(pictures, Texts.joined(words))
 
 
-def _encode(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Texts]:
+def _encode(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor], Texts]:
     """Features of pictures and texts, and what their pairs are scored from."""
     network: Any = model.network
     pixels, mask = batch.pixels.to(model.dtype), batch.tokens.attention_mask
     if has_states(model):
-        image, states = network.image_states(pixels)
-        text, words, mask = network.text_states(batch.tokens)
-        return image, text, states, Texts.of(words, mask)
-    whole = Texts.of(batch.tokens.input_ids, mask)
+        image, text = network.image_states(pixels), network.text_states(batch.tokens)
+        return image.features, text.features, list(image.states.cpu()), Texts.of(text.states, text.mask)
+    whole, pictures = Texts.of(batch.tokens.input_ids, mask), _without_padding(batch)
     if not hasattr(network, "encode_image"):
         nothing = pixels.new_zeros(len(pixels), 0)
-        return nothing, nothing, batch.pixels, whole
-    return model.encode_image(pixels), model.encode_text(batch.tokens), batch.pixels, whole
+        return nothing, nothing, pictures, whole
+    return model.encode_image(pixels), model.encode_text(batch.tokens), pictures, whole
+
+
+def _without_padding(batch: Batch) -> list[Tensor]:
+    """Pixels (3, h, w) of each picture, on the CPU."""
+    pixels = batch.pixels.cpu()
+    if batch.pixel_mask is None:
+        return list(pixels)
+    mask = batch.pixel_mask.cpu()
+    sizes = zip(mask[:, :, 0].sum(dim=1).tolist(), mask[:, 0].sum(dim=1).tolist(), strict=True)
+    return [one[:, :high, :wide] for one, (high, wide) in zip(pixels, sizes, strict=True)]
 
 
 def make_scorer(model: VisionLanguageModel, rows: Rows) -> Scorer:
@@ -143,7 +154,7 @@ def make_scorer(model: VisionLanguageModel, rows: Rows) -> Scorer:
     network: Any = model.network
 
     def cached(image: int, texts: np.ndarray) -> Tensor:
-        states = rows.pictures[image : image + 1].to(model.device)  # (1, P, W)
+        states = rows.pictures[image][None].to(model.device)  # (1, P, W)
         seen = network.image_keys_values(states)  # once for all the texts
         parts = []
         for some in texts_at_once(texts):
@@ -152,7 +163,7 @@ def make_scorer(model: VisionLanguageModel, rows: Rows) -> Scorer:
         return torch.cat(parts)
 
     def whole(image: int, texts: np.ndarray) -> Tensor:
-        pixels = rows.pictures[image : image + 1].to(model.device, model.dtype)
+        pixels = rows.pictures[image][None].to(model.device, model.dtype)  # (1, 3, h, w)
         parts = []
         for some in texts_at_once(texts):
             ids, mask = (part.to(model.device) for part in rows.texts.padded(some))

@@ -134,7 +134,7 @@ def _itc_at_chance(run: Run) -> Finding | None:
     loss, batch = run.end("itc"), int(run.setting("batch_size", 0))
     if loss is None or batch < 2:
         return None
-    values, queue = run.values("itc"), int(run.setting("queue", 0) or 0)
+    values, queue = run.values("itc"), int(run.setting("queue", 0)) if run.values("teacher_distance") else 0
     late = values[len(values) // 2 :]
     flat = max(late) - min(late) < NEAR * loss
     for count, name in ((batch + queue, "batch + queue"), (batch, "batch")):
@@ -176,20 +176,20 @@ def _teacher(run: Run) -> Finding | None:
         return None
     if not any(distances):
         evidence = f"teacher_distance is exactly 0 on all {len(distances)} lines: teacher and student are equal"
-        advice = "either the teacher is copied instead of averaged (momentum 0), or no weight moves (lr 0, all frozen)"
+        advice = "either the teacher is copied instead of averaged (decay 0), or no weight moves (lr 0, all frozen)"
         return Finding("wrong", "teacher not moving", evidence, advice)
     if len(set(distances)) == 1:
         evidence = f"teacher_distance is {distances[0]:.4g} on all lines"
         return Finding(
             "wrong", "teacher not moving", evidence, "neither moves: look at the learning rate and at freeze"
         )
-    memory = 5 / max(1e-6, 1 - float(run.setting("momentum", 0.995)))
+    memory = 5 / max(1e-6, 1 - float(run.setting("decay", 0.995)))
     settled = max(memory, float(run.setting("warmup", 0)))
     late = [line["teacher_distance"] for line in run.train if "teacher_distance" in line and line["step"] > settled]
     grew = sum(b > a for a, b in pairwise(late))
     if len(late) >= LEAST and grew >= 0.9 * (len(late) - 1) and late[-1] > 1.5 * late[0]:
         evidence = f"teacher_distance grew on {grew} of {len(late) - 1} lines, from {late[0]:.4g} to {late[-1]:.4g}"
-        advice = "the student leaves and the teacher stays: it isn't updated after each step, or its momentum is 1"
+        advice = "the student leaves and the teacher stays: it isn't updated after each step, or its decay is near 1"
         return Finding("wrong", "teacher not moving", evidence, advice)
     return None
 
