@@ -86,7 +86,8 @@ def pick_device(device: str, local: int = 0) -> torch.device:
 def spread(network: nn.Module, kind: str, here: Ranks, *, teacher: bool = False) -> nn.Module:
     """The network for training on all ranks: itself on one, wrapped by DDP, or sharded in place by FSDP2.
 
-    With FSDP2 every repeated layer (an element of a ModuleList or Sequential) is a unit, then the rest.
+    With FSDP2 every repeated layer (an element of a ModuleList or Sequential) is a unit, then the rest; and a
+    part of a layer that says `runs_alone`, since it is called outside of its layer.
     teacher: the network gets no gradient, so DDP, which only averages those, leaves it as it is.
     """
     if here.count == 1 or (teacher and kind == "ddp"):
@@ -98,6 +99,9 @@ def spread(network: nn.Module, kind: str, here: Ranks, *, teacher: bool = False)
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(here.device.type, (here.count,))
+    for module in network.modules():
+        if getattr(module, "runs_alone", False):
+            fully_shard(module, mesh=mesh)
     for module in network.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for layer in module:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from vlm.errors import WeightsError, nearest
+from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.clip import Clip, ClipConfig
+from vlm.models.vilt import Vilt, ViltConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Family:
 
 FAMILIES = {
     "clip": Family(ClipConfig, Clip),
+    "vilt": Family(ViltConfig, Vilt),
+    "albef": Family(AlbefConfig, Albef),
 }
 
 
