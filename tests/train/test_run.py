@@ -20,7 +20,8 @@ from tests.train.small import ALONE, spawn
 from vlm.apps.cli import app
 from vlm.data.tokenizers import wordpiece
 from vlm.errors import ConfigError, DataError, TrainingError, WeightsError
-from vlm.models.clip import Clip, ClipConfig, pool_text
+from vlm.models.clip import Clip, ClipConfig
+from vlm.models.common_space import pool_text
 from vlm.models.transformer import TransformerConfig
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
