@@ -160,7 +160,7 @@ def our_side(options: argparse.Namespace, shape: Shape, material: Material) -> C
     network = our_network(shape).to(options.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     here = Ranks(0, 1, torch.device(options.device))
-    context = StepContext(here, network.contrast, lambda: autocast(options), seed=0, accumulate=1)
+    context = StepContext(here, network, lambda: autocast(options), seed=0, accumulate=1)
 
     def step(number: int) -> None:
         optimizer.zero_grad()

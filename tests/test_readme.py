@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from vlm.train.clip import ClipRun
 from vlm.train.config import load_config, named_config
+from vlm.train.run import run_kind
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -39,7 +39,7 @@ def test_commands_are_understood(words: list[str]) -> None:
     context = command.make_context(command.name, list(words))  # raises on an unknown option or a wrong value
     if command.name == "clip":
         settings = context.params["overrides"] or []
-        load_config(ClipRun, named_config("clip", context.params["config"] or "tiny"), settings)
+        load_config(run_kind("clip"), named_config("clip", context.params["config"] or "tiny"), settings)
 
 
 def test_there_are_commands_and_programs() -> None:

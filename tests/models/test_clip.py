@@ -34,13 +34,18 @@ class Some:
 
     pixels: Tensor
     tokens: dict[str, Tensor]
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
 
 
 def batch(rows: int, length: int = 8, seed: int = 0) -> Some:
     generator = torch.Generator().manual_seed(seed)
     mask = key_mask(torch.randint(2, length + 1, (rows,), generator=generator).tolist(), length)
     ids = words(rows, length, seed)
-    return Some(torch.randn(rows, 3, 16, 16, generator=generator), {"input_ids": ids, "attention_mask": mask})
+    pixels = torch.randn(rows, 3, 16, 16, generator=generator)
+    return Some(pixels, {"input_ids": ids, "attention_mask": mask}, distinct(rows))
 
 
 def distinct(rows: int) -> Tensor:
@@ -125,7 +130,7 @@ def test_scale_is_bounded_after_steps_that_push_it_out(config: ClipConfig) -> No
     optimiser = torch.optim.SGD(model.parameters(), lr=5.0)
     for _ in range(3):
         optimiser.zero_grad()
-        model.loss(some, distinct(4))["loss"].backward()
+        model.loss(some)["loss"].backward()
         optimiser.step()
         model.clamp_()
         assert 1.0 - 1e-6 <= model.logit_scale.item() <= 12.0 + 1e-4
@@ -136,14 +141,14 @@ def test_every_parameter_gets_a_gradient(config: ClipConfig) -> None:
     model = build(replace(config, text=replace(config.text, context_length=8))).train()
     some = batch(6)
     full = some.tokens | {"attention_mask": torch.ones(6, 8, dtype=torch.bool)}
-    model.loss(Some(some.pixels, full), distinct(6))["loss"].backward()
+    model.loss(replace(some, tokens=full))["loss"].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @BOTH
 def test_forward_gives_all_that_the_loss_reads(config: ClipConfig) -> None:
     model, some = build(config), batch(5)
-    features = model(some)
+    features = model(some).features
     names = {"image", "text", "log_scale"} | ({"logit_bias"} if config is SIGMOID else set())
     assert set(features) == names
     assert all(value.grad_fn is not None for value in features.values())
@@ -154,35 +159,36 @@ def test_forward_gives_all_that_the_loss_reads(config: ClipConfig) -> None:
 @BOTH
 def test_loss_is_contrast_with_oneself(config: ClipConfig) -> None:
     model, some, ids = build(config), batch(5), distinct(5)
-    alone = model.loss(some, ids)
-    features = model(some)
+    alone = model.loss(replace(some, ids=ids))
+    features = model(some).features
     assert set(alone) == {"loss", "itc", "scale"}
-    torch.testing.assert_close(model.contrast(features, features, row_ids=ids, ids=ids), alone)
+    contrast = model.contrast(features, features, row_ids=ids, ids=ids)
+    torch.testing.assert_close({"loss": contrast["itc"], **contrast}, alone)
     assert alone["scale"].item() == pytest.approx(model.logit_scale.item())
     assert not alone["itc"].requires_grad and alone["loss"].requires_grad
 
 
 def test_losses_equal_open_clips() -> None:
     model, some = build(SOFTMAX), batch(5)
-    features = model(some)
+    features = model(some).features
     expected = open_clip.ClipLoss()(features["image"], features["text"], model.logit_scale)
-    torch.testing.assert_close(model.loss(some, distinct(5))["loss"], expected)
+    torch.testing.assert_close(model.loss(some)["loss"], expected)
     model = build(SIGMOID)
-    features = model(some)
+    features = model(some).features
     expected = SigLipLoss()(features["image"], features["text"], model.logit_scale, model.logit_bias)
-    torch.testing.assert_close(model.loss(some, distinct(5))["loss"], expected)
+    torch.testing.assert_close(model.loss(some)["loss"], expected)
 
 
 @BOTH
 def test_repeated_ids_are_not_pushed_apart(config: ClipConfig) -> None:
     """Two rows of one concept with swapped texts cost the same as unswapped ones; without the id they don't."""
     model, some = build(config), batch(4)
-    features = model(some)
+    features = model(some).features
     swapped = features | {"text": features["text"][[1, 0, 2, 3]]}
     alike = torch.tensor([[7, 0], [7, 1], [8, 2], [9, 3]])
 
     def loss(of: dict[str, Tensor], ids: Tensor) -> float:
-        return model.contrast(of, of, row_ids=ids, ids=ids)["loss"].item()
+        return model.contrast(of, of, row_ids=ids, ids=ids)["itc"].item()
 
     assert loss(swapped, alike) == pytest.approx(loss(features, alike), rel=1e-5)
     assert abs(loss(swapped, distinct(4)) - loss(features, distinct(4))) > 1e-6
@@ -193,7 +199,7 @@ def test_repeated_ids_are_not_pushed_apart(config: ClipConfig) -> None:
 def test_chunks_and_parts_equal_the_whole(config: ClipConfig) -> None:
     some, ids = batch(6), torch.tensor([[0, 0], [0, 1], [1, 2], [2, 3], [3, 3], [4, 4]])
     whole, chunked = build(config), build(replace(config, chunk=2))
-    losses = [model.loss(some, ids)["loss"] for model in (whole, chunked)]
+    losses = [model.loss(replace(some, ids=ids))["loss"] for model in (whole, chunked)]
     torch.testing.assert_close(losses[1], losses[0])
     slopes = [
         torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)
@@ -202,14 +208,14 @@ def test_chunks_and_parts_equal_the_whole(config: ClipConfig) -> None:
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other)
 
-    features = whole(some)
+    features = whole(some).features
     parts = [
         whole.contrast(
             {name: value if value.numel() == 1 else value[rows] for name, value in features.items()},
             features,
             row_ids=ids[rows],
             ids=ids,
-        )["loss"]
+        )["itc"]
         for rows in (slice(0, 3), slice(3, 6))
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), losses[0])
@@ -219,7 +225,7 @@ def test_chunks_and_parts_equal_the_whole(config: ClipConfig) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_small_batches(config: ClipConfig, rows: int) -> None:
     model = build(config)
-    losses = model.loss(batch(rows), distinct(rows))
+    losses = model.loss(batch(rows))
     losses["loss"].backward()
     assert losses["loss"].shape == losses["scale"].shape == ()
     assert losses["loss"].isfinite()
@@ -236,7 +242,7 @@ def test_similarity_is_what_the_loss_contrasts(config: ClipConfig) -> None:
         expected = -F.logsigmoid((2 * wanted - 1) * logits).sum() / 4
     else:
         expected = 0.5 * (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted))
-    torch.testing.assert_close(model.loss(some, distinct(4))["loss"], expected)
+    torch.testing.assert_close(model.loss(some)["loss"], expected)
 
 
 @BOTH
@@ -246,7 +252,7 @@ def test_thirty_steps_learn_sixteen_pairs(config: ClipConfig) -> None:
     losses = []
     for _ in range(30):
         optimiser.zero_grad()
-        loss = model.loss(some, ids)["loss"]
+        loss = model.loss(replace(some, ids=ids))["loss"]
         loss.backward()
         optimiser.step()
         model.clamp_()

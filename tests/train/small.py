@@ -85,7 +85,7 @@ def trainer(
     run.mkdir(parents=True, exist_ok=True)
     (run / "manifest.json").write_text('{"data": ""}')
     clip = network(**(model or {}))
-    made = Job(clip, clip.contrast, clip.clamp_, make_batches(here), 4, export)
+    made = Job(clip, make_batches(here), 4, export)
     return Trainer(dataclasses.replace(made, **(job or {})), config(**settings), run, here, progress=False)
 
 

@@ -16,12 +16,12 @@ ROWS = list(range(11))  # odd, so that ranks and micro-batches have unequal rows
 
 
 def context(here=ALONE, accumulate=1, model=None) -> StepContext:
-    return StepContext(here, model.contrast, contextlib.nullcontext, seed=3, accumulate=accumulate)
+    return StepContext(here, model, contextlib.nullcontext, seed=3, accumulate=accumulate)
 
 
 def whole_gradient(model: nn.Module) -> dict[str, torch.Tensor]:
     rows = batch(ROWS)
-    model.loss(rows, rows.ids)["loss"].backward()
+    model.loss(rows)["loss"].backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -47,7 +47,7 @@ def test_accumulated_gradient_is_the_big_batchs(settings, parts):
     values = backward(model, batch(ROWS), context(accumulate=parts, model=model), step=0, loss_scale=1.0)
     assert_same(gradients(model), expected)
     rows = batch(ROWS)
-    assert values["loss"] == pytest.approx(float(model.loss(rows, rows.ids)["loss"].detach()), abs=1e-5)
+    assert values["loss"] == pytest.approx(float(model.loss(rows)["loss"].detach()), abs=1e-5)
 
 
 def test_naive_accumulation_is_far_off():
@@ -55,7 +55,7 @@ def test_naive_accumulation_is_far_off():
     expected = whole_gradient(network())
     model = network()
     for micro in batch(ROWS).split(3):
-        (model.loss(micro, micro.ids)["loss"] / 3).backward()
+        (model.loss(micro)["loss"] / 3).backward()
     error = sum((gradients(model)[n] - g).norm() ** 2 for n, g in expected.items()) ** 0.5
     assert error / sum(g.norm() ** 2 for g in expected.values()) ** 0.5 > 0.1
 

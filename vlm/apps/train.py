@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,15 +15,25 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlm.train.clip import ClipRun
+    from vlm.train.run import RunConfig
 
 app = typer.Typer(help="Train a stage from a configuration.", no_args_is_help=True)
+
+STAGES = {
+    "clip": "Train CLIP (ITC).",
+    "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower.",
+    "albef": "Train ALBEF (ITC, ITM, MLM, momentum distillation), from a CLIP.",
+}
+SEVERAL = "Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train {} ..."
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, such as train.epochs=5 train.optim.lr=2e-4."),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: configuration, metrics, checkpoints, model.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Run folder: configuration, metrics, checkpoints, model; else runs/STAGE."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -30,44 +42,58 @@ Data = Annotated[
 ]
 
 
-@app.command()
-def clip(
-    overrides: Overrides = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="tiny (if none is named), base, or a YAML file.")
-    ] = None,
-    out: Out = Path("runs/clip"),
-    data: Data = None,
-    start: Annotated[
-        list[str] | None, typer.Option("--start", help="Weights to begin with: minilm, a model or run folder.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads of torch; 0 for its own choice.")] = 0,
-) -> None:
-    """Train CLIP (ITC). Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train clip ..."""
-    from vlm.errors import ConfigError
-    from vlm.train.clip import ClipRun, read_run_config, train_clip
-    from vlm.train.config import load_config, named_config
+def _command(stage: str) -> Callable[..., None]:
+    def train(
+        overrides: Overrides = None,
+        config: Annotated[
+            str | None, typer.Option("--config", help="tiny (if none is named), base, or a YAML file.")
+        ] = None,
+        out: Out = None,
+        data: Data = None,
+        start: Annotated[
+            list[str] | None,
+            typer.Option("--start", help="Weights to begin with: minilm, a shipped name, a model or run folder."),
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        threads: Annotated[int, typer.Option(help="CPU threads of torch; 0 for its own choice.")] = 0,
+    ) -> None:
+        from vlm.errors import ConfigError
+        from vlm.train.config import load_config, named_config
+        from vlm.train.run import read_run_config, run_kind
+
+        _log_to_terminal()
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        changes = list(overrides or [])
+        changes += [f"data={_listed(data)}"] if data else []
+        changes += [f"start={_listed(start)}"] if start else []
+        if resume and (config or start):
+            raise ConfigError("--resume goes on with the run's own configuration; drop --config and --start")
+        folder = out or Path("runs") / stage
+        if resume:
+            settings = read_run_config(stage, folder, changes)
+        else:
+            settings = load_config(run_kind(stage), named_config(stage, config or "tiny"), changes)
+        _run(settings, folder, resume, device)
+
+    train.__doc__ = f"{STAGES[stage]} {SEVERAL.format(stage)}"
+    return train
+
+
+for _stage in STAGES:
+    app.command(_stage)(_command(_stage))
+
+
+def _run(settings: RunConfig[Any], out: Path, resume: bool, device: str) -> None:
     from vlm.train.distributed import leave, ranks
+    from vlm.train.run import train_stage
 
-    _log_to_terminal()
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
-    changes = list(overrides or [])
-    changes += [f"data={_listed(data)}"] if data else []
-    changes += [f"start={_listed(start)}"] if start else []
-    if resume and (config or start):
-        raise ConfigError("--resume goes on with the run's own configuration; drop --config and --start")
-    if resume:
-        settings = read_run_config(out, changes)
-    else:
-        settings = load_config(ClipRun, named_config("clip", config or "tiny"), changes)
     with ranks(device) as here:
-        position = train_clip(
-            settings, out, here, resume=resume, evaluate=_evaluation(settings), progress=_interactive()
+        position = train_stage(
+            settings, out, here, resume=resume, evaluate=_evaluation(settings), progress=sys.stderr.isatty()
         )
     if here.first:
         typer.echo(f"trained {position.step} steps; the model is in {out / 'model'}")
@@ -75,37 +101,35 @@ def clip(
         leave()
 
 
-def _evaluation(config: ClipRun) -> Callable[[nn.Module], dict[str, float]] | None:
-    """Retrieval on the validation sets; None where there are none."""
+def _evaluation(config: RunConfig[Any]) -> Callable[[nn.Module], dict[str, float]] | None:
+    """Figures on the validation sets: retrieval by features, and matching; None where there are no sets."""
     if not config.validation:
         return None
     from vlm.data.sources import open_source
+    from vlm.tasks.matching import evaluate_matching
     from vlm.tasks.retrieval import evaluate_retrieval
-    from vlm.train.clip import make_tokenizer, make_transform
+    from vlm.train.run import make_tokenizer, make_transform
+    from vlm.weights.families import family_name
     from vlm.weights.loaded import VisionLanguageModel
 
     source = open_source(config.validation)
     tokenizer, transform = make_tokenizer(config), make_transform(config)
 
     def evaluate(network: nn.Module) -> dict[str, float]:
-        model = VisionLanguageModel(network, tokenizer, transform, name=config.name, family="clip")
-        report: dict[str, Any] = evaluate_retrieval(model, source, gallery=500).figures()
-        return report
+        model = VisionLanguageModel(network, tokenizer, transform, name=config.name, family=family_name(config.model))
+        found: dict[str, float] = {}
+        if hasattr(network, "encode_text"):
+            found |= evaluate_retrieval(model, source, gallery=500).figures()
+        if hasattr(network, "match"):
+            found |= evaluate_matching(model, source).figures()
+        return found
 
     return evaluate
 
 
 def _listed(values: list[str]) -> str:
     """Values as a YAML list, whatever characters they hold."""
-    import json
-
     return json.dumps(values)
-
-
-def _interactive() -> bool:
-    import sys
-
-    return sys.stderr.isatty()
 
 
 def _log_to_terminal() -> None:

@@ -125,10 +125,15 @@ class Batch:
             start = stop
         return out
 
+    def with_masks(self, masked_ids: Tensor, labels: Tensor) -> Batch:
+        """The batch with hidden tokens, each (B, L)."""
+        return replace(self, masked_ids=masked_ids, labels=labels)
+
     def _rows(self, cut: slice) -> Batch:
         tokens = self.tokens.select(cut)
         length = tokens.input_ids.shape[1]
-        found = {"pixels": self.pixels[cut], "tokens": tokens, "ids": self.ids[cut], "keys": self.keys[cut]}
+        found: dict[str, Any] = {"tokens": tokens, "keys": self.keys[cut]}
+        found |= {"pixels": self.pixels[cut], "ids": self.ids[cut]}
         if self.masked_ids is not None and self.labels is not None:
             found |= {"masked_ids": self.masked_ids[cut, :length], "labels": self.labels[cut, :length]}
         if self.pixel_mask is not None:

@@ -110,6 +110,18 @@ class _Backed:
             special = {self.start_id, self.end_id}
         return str(self.engine.decode([int(i) for i in ids if int(i) not in special])).strip()
 
+    def continues(self) -> torch.Tensor:
+        """(V,) boolean: true for ids that go on a word, so that a word is one of the others and those after it.
+
+        Raises DataError for a vocabulary that doesn't mark them.
+        """
+        if self.kind != "wordpiece":
+            raise DataError(f"a {self.kind} vocabulary doesn't mark where words begin; use wordpiece")
+        found = torch.zeros(self.vocab_size, dtype=torch.bool)
+        for word, place in self.engine.get_vocab(with_added_tokens=False).items():
+            found[place] = word.startswith("##")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON values, for `load_tokenizer`."""
         return {

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.errors import ConfigError, nearest
+from vlm.errors import ConfigError
+from vlm.models import common_space as space
 from vlm.models.stage import Encoded, Taught, joint_loss
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
 from vlm.objectives.itc import itc, sigmoid_itc
-
-_CHOICES = {
-    "image_pool": ("cls", "mean"),
-    "text_pool": ("cls", "eot", "mean"),
-    "loss": ("softmax", "sigmoid"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,18 +41,6 @@ class ClipConfig:
     """Rows of the loss compared at a time; 0 for all. Saves memory at large batches."""
 
 
-class Rows(Protocol):
-    """What a stage's encoding reads of a batch."""
-
-    @property
-    def pixels(self) -> Tensor:
-        """(B, 3, H, W) normalised pixels."""
-
-    @property
-    def tokens(self) -> Mapping[str, Tensor]:
-        """`input_ids` and `attention_mask`, each (B, L)."""
-
-
 class Clip(nn.Module):
     """Two towers with a projection each and a learned temperature."""
 
@@ -69,12 +50,9 @@ class Clip(nn.Module):
         self.config, self.loss_weights = config, {"itc": 1.0}
         self.image = ViT(config.image)
         self.text = Transformer(config.text)
-        self.image_projection = nn.Linear(config.image.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
-        nn.init.normal_(self.image_projection.weight, std=config.image.width**-0.5)
-        nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
-        # One element, not zero dimensions: FSDP2 shards no scalars.
-        self.log_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
+        self.image_projection = space.projection(config.image.width, config.embed_dim, bias=False)
+        self.text_projection = space.projection(config.text.width, config.embed_dim, bias=False)
+        self.log_scale = space.log_scale(config.logit_scale_init)
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([float(bias)]))
 
@@ -86,21 +64,20 @@ class Clip(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Map (B, 3, H, W) normalised pixels to (B, D) unit-norm features."""
         states = self.image(pixels)  # (B, N, D)
-        pooled = states[:, 0] if self.config.image_pool == "cls" else states[:, 1:].mean(dim=1)
-        return F.normalize(self.image_projection(pooled), dim=-1)
+        return space.project(space.pool_image(states, self.config.image_pool), self.image_projection)
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Map `input_ids` and `attention_mask`, each (B, L), to (B, D) unit-norm features."""
         mask = tokens["attention_mask"].bool()
         states = self.text(self.text.embed(tokens["input_ids"]), key_mask=mask)  # (B, L, D)
-        return F.normalize(self.text_projection(pool_text(states, mask, self.config.text_pool)), dim=-1)
+        return space.project(space.pool_text(states, mask, self.config.text_pool), self.text_projection)
 
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Cosine over temperature, (images, texts); the softmax of a row is a zero-shot classification."""
         logits = self.logit_scale * image_features @ text_features.T
         return logits if self.logit_bias is None else logits + self.logit_bias
 
-    def forward(self, batch: Rows) -> Encoded:
+    def forward(self, batch: space.Rows) -> Encoded:
         """Features of a batch and the parameters that the loss needs.
 
         A training step is this forward: all that gets a gradient leaves through it, so that DDP and FSDP2,
@@ -148,39 +125,17 @@ class Clip(nn.Module):
             loss = itc(*rows, everyone["image"], everyone["text"], scale=scale, chunk=chunk, **ids_of)
         return {"itc": loss, "scale": scale.detach().squeeze(0)}
 
-    def loss(self, batch: Rows) -> dict[str, Tensor]:
+    def loss(self, batch: space.Rows) -> dict[str, Tensor]:
         """Losses of one batch alone, without other ranks or micro-batches; ``loss`` is the total."""
         return joint_loss(self, batch)
 
-    @torch.no_grad()
     def clamp_(self) -> None:
         """Keep the temperature within its bounds; called after each optimiser step."""
-        self.log_scale.clamp_(0.0, math.log(self.config.logit_scale_max))
-
-
-def pool_text(states: Tensor, mask: Tensor, pool: str) -> Tensor:
-    """Reduce (B, L, D) states to (B, D): the first, the last real one, or the mean of the real ones."""
-    if pool == "cls":
-        return states[:, 0]
-    if pool == "eot":
-        last = mask.sum(dim=1) - 1  # (B,), texts are padded on the right
-        return states[torch.arange(len(states), device=states.device), last]
-    _choose("text_pool", pool)
-    weight = mask.to(states.dtype)[:, :, None]  # (B, L, 1)
-    return (states * weight).sum(dim=1) / weight.sum(dim=1)
+        space.clamp_scale_(self.log_scale, 1.0, self.config.logit_scale_max)
 
 
 def _check(config: ClipConfig) -> None:
-    for name in _CHOICES:
-        _choose(name, getattr(config, name))
+    space.check_pools(config.image_pool, config.text_pool)
+    space.check_choice("loss", config.loss, ("softmax", "sigmoid"))
     if config.logit_scale_max < 1:
         raise ConfigError(f"logit_scale_max {config.logit_scale_max} is below 1, the scale's lower bound")
-    if config.logit_scale_init <= 0:
-        raise ConfigError(f"logit_scale_init {config.logit_scale_init} must be positive; CLIP starts at 14.3")
-
-
-def _choose(name: str, value: str) -> None:
-    known = _CHOICES[name]
-    if value not in known:
-        hint = nearest(value, known)
-        raise ConfigError(f"unknown {name} {value!r}{hint}; choose from {', '.join(known)}")

@@ -55,7 +55,7 @@ class Choice:
     """Partners of some rows, drawn from the joined batch."""
 
     partners: dict[str, Tensor]
-    """By the kind of partner, (b,) its row in the joined batch; -1 where the batch holds none."""
+    """By the kind of partner (see `kind_of`), (b,) its row in the joined batch; -1 for none."""
     counts: dict[str, int]
     """By loss, how many terms these rows will add to its mean."""
 
@@ -65,15 +65,21 @@ class Pairs:
     """Rows with the states of their partners."""
 
     states: dict[str, Tensor]
-    """As in `Encoded`, (P, ...): the b rows' own first, then those of partners that stand elsewhere."""
+    """As in `Encoded`, (P, ...): the b rows' own first, then those of partners that stand elsewhere. P may
+    differ from kind to kind (see `kind_of`)."""
     inputs: dict[str, Tensor]
     """Likewise."""
     partners: dict[str, Tensor]
-    """(b,) places in these P; -1 for none."""
+    """By kind, (b,) places among that kind's P; -1 for none."""
     taught: Mapping[str, Tensor] = field(default_factory=dict)
     """The teacher's soft targets, from `teach` of the teacher's network; empty without a teacher."""
     alpha: float = 0.0
     """Their share in the targets."""
+
+
+def kind_of(name: str) -> str:
+    """The kind of partner that a state or input belongs to: ``text`` where its name begins so, else ``image``."""
+    return "text" if name.startswith("text") else "image"
 
 
 def any_draws(batch: Any) -> Draws:
@@ -83,7 +89,8 @@ def any_draws(batch: Any) -> Draws:
 
 def weighted(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The total of the losses that have a weight; the other parts are only watched."""
-    return torch.stack([weight * parts[name].reshape(()) for name, weight in weights.items() if name in parts]).sum()
+    found = [weight * parts[name].reshape(()) for name, weight in weights.items() if name in parts and weight]
+    return torch.stack(found).sum() if found else torch.zeros(())
 
 
 def joint_loss(
@@ -95,7 +102,7 @@ def joint_loss(
     taught, targets: the teacher's features and soft targets, if there is a teacher.
 
     Returns:
-        ``loss``, the weighted total, and every part by its name: means over the batch.
+        ``loss``, the weighted total, and every part by its name without gradient: means over the batch.
     """
     features, states, inputs = network(batch)
     ids = {"row_ids": batch.ids, "ids": batch.ids}
@@ -105,4 +112,5 @@ def joint_loss(
         alpha = taught.alpha if taught is not None else 0.0
         sums = network(batch, Pairs(states, inputs, choice.partners, targets or {}, alpha))
         parts |= {name: value / max(1, choice.counts[name]) for name, value in sums.items()}
-    return {"loss": weighted(parts, network.loss_weights), **parts}
+    loss = weighted(parts, network.loss_weights)
+    return {"loss": loss, **{name: value.detach() for name, value in parts.items()}}

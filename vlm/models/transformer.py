@@ -168,6 +168,7 @@ class Layer(nn.Module):
         if index in config.cross_layers:
             self.cross_attn = Attention(width, config.heads, source_width=config.cross_width, dropout=drop)
             self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
+            self.cross_attn.kv.runs_alone = True  # type: ignore[assignment]  # in `image_states`, before its layer: sharding must know
         self.mlp = nn.ModuleDict({r: FeedForward(config) for r in config.mlp_routes})
         self.mlp_norm = nn.ModuleDict({r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes})
         self.drop = nn.Dropout(drop)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
@@ -31,6 +32,7 @@ from vlm.errors import TrainingError
 from vlm.files import write_folder
 from vlm.train.distributed import Ranks, gather_objects, unwrapped, wait
 from vlm.train.ema import WeightAverage
+from vlm.train.teacher import Teaching
 
 PREFIX = "step-"
 # What torch's planner wraps a full disk or a damaged file in; it isn't an Exception.
@@ -55,6 +57,16 @@ class Position:
     best_step: int = -1
 
 
+@dataclass(frozen=True)
+class Trained:
+    """All that a checkpoint holds tensors of."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None = None
+    teaching: Teaching | None = None
+
+
 class Checkpoints:
     """The checkpoints of a run folder."""
 
@@ -73,13 +85,7 @@ class Checkpoints:
         """Folder of the checkpoint after `step` steps."""
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def save(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        position: Position,
-        average: WeightAverage | None,
-    ) -> None:
+    def save(self, trained: Trained, position: Position) -> None:
         """Write one checkpoint, then drop those that aren't kept. Every rank calls it.
 
         Raises TrainingError when it can't be written (a full disk); what was written before is intact.
@@ -96,12 +102,12 @@ class Checkpoints:
         self._agree(problem, temporary)
         try:
             with _alone(self.here):
-                state = _state(network, optimizer, average)
+                state = _state(trained)
                 dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.here.count == 1)
         except FAILURES as error:
             problem = _reason(error)
         self._agree(problem, temporary)
-        tensors = full_state(network, average)
+        tensors = full_state(trained.network, trained.average)
         try:
             if self.here.first:
                 self.export(tensors, temporary / "model")
@@ -112,21 +118,15 @@ class Checkpoints:
             problem = _reason(error)
         self._agree(problem, temporary)
 
-    def load(
-        self,
-        step: int,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        average: WeightAverage | None,
-    ) -> Position:
-        """Put the checkpoint after `step` steps into the network, the optimiser and the average.
+    def load(self, step: int, trained: Trained) -> Position:
+        """Put the checkpoint after `step` steps into the network, the optimiser and what else is trained.
 
         Every rank calls it. Raises TrainingError when it doesn't fit.
         """
         folder = self.path(step)
         try:
             position = Position(**json.loads((folder / "trainer.json").read_text("utf-8")))
-            state = _state(network, optimizer, average)
+            state = _state(trained)
             with _alone(self.here):
                 dcp.load(state, checkpoint_id=folder / "state", no_dist=self.here.count == 1)
         except FAILURES as error:
@@ -134,9 +134,14 @@ class Checkpoints:
                 f"{folder}: the checkpoint can't be read into this configuration ({_reason(error)}). Resume with the "
                 "configuration it was written with, or delete this folder to go on from the one before."
             ) from error
-        set_state_dict(network, optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"])
-        if average is not None:
-            average.steps = position.average_steps
+        set_state_dict(
+            trained.network, trained.optimizer,
+            model_state_dict=state["network"], optim_state_dict=state["optimizer"],
+        )  # fmt: skip
+        if trained.average is not None:
+            trained.average.steps = position.average_steps
+        if trained.teaching is not None:
+            set_model_state_dict(trained.teaching.teacher.network, state["teacher"])
         return position
 
     def publish(self, target: Path) -> None:
@@ -214,7 +219,12 @@ def full_state(network: nn.Module, average: WeightAverage | None) -> dict[str, T
         return {name: tensor.clone() for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _state(network: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> dict[str, Any]:
-    tensors, moments = get_state_dict(network, optimizer)
+def _state(trained: Trained) -> dict[str, Any]:
+    tensors, moments = get_state_dict(trained.network, trained.optimizer)
     state: dict[str, Any] = {"network": tensors, "optimizer": moments}
-    return state if average is None else state | {"average": average.average}
+    if trained.average is not None:
+        state["average"] = trained.average.average
+    if trained.teaching is not None:
+        state["teacher"] = get_model_state_dict(trained.teaching.teacher.network)
+        state["queue"] = trained.teaching.queue.state()  # filled in place by a load
+    return state

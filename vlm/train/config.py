@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -45,6 +45,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """Momentum distillation, for the stages that have it; the defaults are ALBEF's (2107.07651 §3.5)."""
+
+    decay: float = 0.0
+    """Of the teacher's weights, each optimiser step (ALBEF: 0.995); 0 for no teacher."""
+    queue: int = 65536
+    """Rows of features that the contrast compares with besides the batch."""
+    alpha: float = 0.4
+    """Share of the teacher's softmax in the targets."""
+    ramp: float = 1.0
+    """Epochs in which that share grows linearly from 0 (ALBEF: 1, BLIP: 2)."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "train.teacher", dict.fromkeys(("decay", "queue", "alpha", "ramp"), 0))
+        if self.decay >= 1 or self.alpha > 1:
+            raise ConfigError(f"train.teacher: decay must be below 1 and alpha at most 1, got {self!r}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What the engine does, whatever it trains."""
 
@@ -64,6 +83,7 @@ class TrainConfig:
     """Compile the network's parts with torch.compile."""
     ema: float = 0.0
     """Decay per step of an average of the weights, which is then evaluated and exported; 0 for none."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     log_every: int = 20
     """Steps between lines of metrics."""
     evaluate_every: int = 0
@@ -100,6 +120,18 @@ def load_config(kind: type[Config], source: str | Path | Mapping[str, Any], over
         _override(kind, values, override)
     _refuse_unknown(kind, values, where, "")
     return build(kind, values, where)
+
+
+def fields_of(kind: Any) -> dict[str, Any]:
+    """Names and types of a dataclass' fields; of a generic one such as ``Run[Model]``, with its arguments."""
+    plain = get_origin(kind) or kind
+    given = dict(zip(getattr(plain, "__parameters__", ()), get_args(kind), strict=False))
+    return {name: given.get(hint, hint) for name, hint in get_type_hints(plain).items()}
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type is a dataclass, or a generic one with its arguments."""
+    return dataclasses.is_dataclass(get_origin(kind) or kind)
 
 
 def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -164,26 +196,26 @@ def _override(kind: type, values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not valid YAML ({error})") from error
     node, names, here = values, path.split("."), kind
     for depth, name in enumerate(names[:-1]):
-        hints = get_type_hints(here)
+        hints = fields_of(here)
         if name not in hints:
             raise _unknown(here, name, f"override {override!r}")
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {name} is a value here, not a section")
         node, here = child, hints[name]
-        if not dataclasses.is_dataclass(here):
+        if not is_section(here):
             # A mapping's keys, such as parameter names, may hold dots themselves.
             node[".".join(names[depth + 1 :])] = value
             return
-    if names[-1] not in get_type_hints(here):
+    if names[-1] not in fields_of(here):
         raise _unknown(here, names[-1], f"override {override!r}")
     node[names[-1]] = value
 
 
 def _refuse_unknown(kind: Any, values: Any, where: str, prefix: str) -> None:
-    if not dataclasses.is_dataclass(kind) or not isinstance(values, Mapping):
+    if not is_section(kind) or not isinstance(values, Mapping):
         return
-    hints = get_type_hints(kind)
+    hints = fields_of(kind)
     for name, value in values.items():
         if name not in hints:
             raise _unknown(kind, str(name), where, prefix)
@@ -191,7 +223,7 @@ def _refuse_unknown(kind: Any, values: Any, where: str, prefix: str) -> None:
 
 
 def _unknown(kind: Any, name: str, where: str, prefix: str = "") -> ConfigError:
-    options = [item.name for item in dataclasses.fields(kind)]
+    options = list(fields_of(kind))
     return ConfigError(f"{where}: unknown key {prefix}{name}{nearest(name, options)}; known here: {', '.join(options)}")
 
 

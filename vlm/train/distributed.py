@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
+
+VERBS = ("encode_image", "encode_text", "match", "teach")
+"""Methods of networks that run layers outside of `forward`."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,14 @@ def pick_device(device: str, local: int = 0) -> torch.device:
     return chosen
 
 
-def spread(network: nn.Module, kind: str, here: Ranks) -> nn.Module:
+def spread(network: nn.Module, kind: str, here: Ranks, *, teacher: bool = False) -> nn.Module:
     """The network for training on all ranks: itself on one, wrapped by DDP, or sharded in place by FSDP2.
 
-    With FSDP2 every repeated layer (an element of a ModuleList or Sequential) is a unit, then the rest.
+    With FSDP2 every repeated layer (an element of a ModuleList or Sequential) is a unit, then the rest; and a
+    part of a layer that says `runs_alone`, since it is called outside of its layer.
+    teacher: the network gets no gradient, so DDP, which only averages those, leaves it as it is.
     """
-    if here.count == 1:
+    if here.count == 1 or (teacher and kind == "ddp"):
         return network
     if kind == "ddp":
         devices = [here.device] if here.device.type == "cuda" else None
@@ -95,32 +100,48 @@ def spread(network: nn.Module, kind: str, here: Ranks) -> nn.Module:
 
     mesh = init_device_mesh(here.device.type, (here.count,))
     for module in network.modules():
+        if getattr(module, "runs_alone", False):
+            fully_shard(module, mesh=mesh)
+    for module in network.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             for layer in module:
                 if any(True for _ in layer.parameters()):
                     fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    for verb in ("encode_image", "encode_text"):  # evaluation calls them; only `forward` gathers by itself
+    for verb in VERBS:  # evaluation calls them; only `forward` gathers by itself
         if hasattr(network, verb):
             register_fsdp_forward_method(network, verb)
     return network
 
 
 @contextmanager
-def synchronised(network: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether gradients are averaged over the ranks in the backward passes inside."""
-    if isinstance(network, nn.parallel.DistributedDataParallel) and not enabled:
+def synchronised(network: nn.Module, enabled: bool, *, paired: bool = False) -> Iterator[None]:
+    """Whether gradients are averaged over the ranks in the backward passes inside.
+
+    paired: the step has several backward passes over the same parameters. DDP then never averages by itself
+    (see `average_gradients`), FSDP2 in each of them, since the average is linear.
+    """
+    if isinstance(network, nn.parallel.DistributedDataParallel) and (paired or not enabled):
         with network.no_sync():
             yield
         return
     switch = getattr(network, "set_requires_gradient_sync", None)
     if switch is not None:
-        switch(enabled)
+        switch(enabled or paired)
     yield
 
 
+def order(sizes: Sequence[int], device: torch.device | str = "cpu") -> list[Tensor]:
+    """Of each rank, its rows' numbers in the joined batch: ranks take turns, as the loader deals samples out."""
+    turns = sorted((row, rank) for rank, size in enumerate(sizes) for row in range(size))
+    numbers: list[list[int]] = [[] for _ in sizes]
+    for number, (_, rank) in enumerate(turns):
+        numbers[rank].append(number)
+    return [torch.tensor(rows, dtype=torch.int64, device=device) for rows in numbers]
+
+
 def gather(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Everyone's rows in the order of ranks: (n_r, ...) to (sum of n_r, ...), without gradient.
+    """Everyone's rows in the joined batch's `order`: (n_r, ...) to (sum of n_r, ...), without gradient.
 
     sizes: n_r of each rank, which may differ.
     """
@@ -131,7 +152,47 @@ def gather(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     padded[: len(tensor)] = tensor.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    whole = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+    for part, size, rows in zip(parts, sizes, order(sizes, tensor.device), strict=True):
+        whole[rows] = part[:size]
+    return whole
+
+
+def share_from(rank: int, tensor: Tensor, here: Ranks) -> None:
+    """Fill everyone's `tensor` with that of one rank, in place."""
+    if here.count > 1:
+        flags = tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+        dist.broadcast(flags, src=rank)
+
+
+def sum_to(rank: int, tensor: Tensor, here: Ranks) -> None:
+    """Sum everyone's `tensor` into that of one rank, in place; the others' hold nothing of use afterwards."""
+    if here.count > 1:
+        dist.reduce(tensor, dst=rank)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], here: Ranks, *, bucket: int = 8_000_000) -> None:
+    """Average gradients over ranks, in flat buckets of about `bucket` numbers; a missing one counts as zero.
+
+    DDP itself averages in the one backward pass that follows a forward; a step with pairs has two.
+    """
+    if here.count == 1:
+        return
+    waiting: list[Tensor] = []
+    held = 0
+    trained = [p for p in parameters if p.requires_grad]
+    for place, parameter in enumerate(trained):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        waiting.append(parameter.grad)
+        held += parameter.numel()
+        if held >= bucket or place == len(trained) - 1:
+            flat = torch.cat([gradient.reshape(-1) for gradient in waiting])
+            dist.all_reduce(flat)
+            flat /= here.count
+            for gradient, part in zip(waiting, flat.split([g.numel() for g in waiting]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+            waiting, held = [], 0
 
 
 def gather_sizes(rows: int, here: Ranks) -> list[int]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlm.errors import TrainingError
-from vlm.train.checkpoint import Checkpoints, Export, Position
+from vlm.train.checkpoint import Checkpoints, Export, Position, Trained
 from vlm.train.config import TrainConfig
 from vlm.train.distributed import Ranks, gather_objects, reshard, spread, unwrapped
 from vlm.train.ema import WeightAverage
@@ -30,6 +30,7 @@ from vlm.train.optim import (
     shorten_,
 )
 from vlm.train.step import StepContext, backward
+from vlm.train.teacher import Teaching
 
 logger = logging.getLogger("vlm.train")
 
@@ -41,11 +42,8 @@ class Job:
     """What is trained: a stage's network with its data, and how it is judged and written."""
 
     network: nn.Module
-    """One module whose forward gives a batch's features."""
-    contrast: Callable[..., dict[str, Tensor]]
-    """The stage's losses of the features; see `StepContext`."""
-    clamp_: Callable[[], None]
-    """Puts parameters with bounds, such as the temperature, back within them; called after each step."""
+    """A stage's network; `vlm.models.stage` says what it offers. Its `clamp_`, where it has one, puts
+    parameters with bounds, such as the temperature, back within them after each step."""
     batches: Callable[[int, int], Iterable[Any]]
     """(epoch, samples to skip) to this rank's batches; each tells `consumed`, the samples used so far."""
     steps_per_epoch: int
@@ -55,6 +53,8 @@ class Job:
     """Figures of a network in eval mode; every rank calls it."""
     fingerprint: str = ""
     """Hash of the data; a resume with other data is refused."""
+    width: int = 0
+    """Of the features that a teacher's queue keeps; 0 where the stage has none."""
 
 
 class Trainer:
@@ -66,6 +66,12 @@ class Trainer:
         self.frozen = freeze(job.network, config.optim.freeze)
         self.steps = config.steps or math.ceil(config.epochs * job.steps_per_epoch)
         job.network.to(here.device)
+        self.teaching: Teaching | None = None
+        if config.teacher.decay:
+            self.teaching = Teaching(
+                job.network, config.teacher, width=job.width, steps_per_epoch=job.steps_per_epoch, device=here.device
+            )
+            spread(self.teaching.teacher.network, config.parallel, here, teacher=True)
         if config.compile:
             for part in job.network.children():
                 part.compile()
@@ -77,7 +83,10 @@ class Trainer:
         self.scale = LossScale(2.0**16 if scaled else 1.0, dynamic=scaled)
         self.position = Position()
         self.checkpoints = Checkpoints(run, here, keep=config.keep, export=job.export)
-        self.context = StepContext(here, job.contrast, self._autocast, seed=config.seed, accumulate=config.accumulate)
+        self.trained = Trained(self.network, self.optimizer, self.average, self.teaching)
+        self.context = StepContext(
+            here, job.network, self._autocast, seed=config.seed, accumulate=config.accumulate, teaching=self.teaching
+        )
 
     def fit(self, *, resume: bool = False) -> Position:
         """Train to the end and return where the run stands.
@@ -105,7 +114,7 @@ class Trainer:
                     log.advance(values["loss"], meter.rate)
                     step = self.position.step
                     if step % self.config.log_every == 0 or step == self.steps:
-                        log.write("train", step, meter.means())
+                        log.write("train", step, meter.means() | self._watch())
                         meter = Meter()
                     if self._due(self.config.evaluate_every) and self.job.evaluate is not None:
                         figures = self._evaluate()
@@ -143,9 +152,13 @@ class Trainer:
         if finite:
             shorten_(trained, norm, optim.clip_norm)
             self.optimizer.step()
-            self.job.clamp_()
+            clamp = getattr(self.job.network, "clamp_", None)
+            if clamp is not None:
+                clamp()
             if self.average is not None:
                 self.average.update()
+            if self.teaching is not None:
+                self.teaching.teacher.update(unwrapped(self.network))
         self.scale.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
@@ -163,6 +176,12 @@ class Trainer:
             f"step {self.position.step + 1}: {what}; {left}. Look at these samples, or lower train.optim.lr. "
             f"Keys of the batch: {shown}"
         )
+
+    def _watch(self) -> dict[str, float]:
+        """Figures that cost a pass over the weights, taken when a line is written."""
+        if self.teaching is None:
+            return {}
+        return {"teacher_distance": self.teaching.teacher.distance(unwrapped(self.network))}
 
     def _due(self, every: int) -> bool:
         step = self.position.step
@@ -194,7 +213,7 @@ class Trainer:
             return
         self.position.loss_scale, self.position.good = self.scale.value, self.scale.good
         self.position.average_steps = self.average.steps if self.average else 0
-        self.checkpoints.save(self.network, self.optimizer, self.position, self.average)
+        self.checkpoints.save(self.trained, self.position)
 
     def resume(self) -> None:
         """Take up the newest checkpoint, or the beginning where none was written; `fit` goes on from there.
@@ -206,7 +225,7 @@ class Trainer:
         if not steps:
             logger.info("no checkpoint was written before: from the beginning")
             return
-        self.position = self.checkpoints.load(steps[-1], self.network, self.optimizer, self.average)
+        self.position = self.checkpoints.load(steps[-1], self.trained)
         self.scale.value, self.scale.good = self.position.loss_scale, self.position.good
         if self.here.first:
             logger.info("going on after step %d of %d", self.position.step, self.steps)

@@ -12,7 +12,7 @@ import torch
 from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest
-from vlm.models.clip import Clip, ClipConfig
+from vlm.weights.families import family
 from vlm.weights.files import CARD, CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
 
@@ -58,21 +58,21 @@ def shipped() -> dict[str, str]:
 def load_folder(folder: Path) -> VisionLanguageModel:
     """A model folder that `save_model` wrote. Raises WeightsError when it isn't one or doesn't fit."""
     settings = read_json(folder / CONFIG)
-    if settings.get("family") != "clip":
-        raise WeightsError(f"{folder}: family {settings.get('family')!r} isn't known; known: clip")
+    stage = str(settings.get("family"))
+    kind = family(stage, where=str(folder))
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        config = TypeAdapter(ClipConfig).validate_python(settings["config"])
+        config: Any = TypeAdapter(kind.config).validate_python(settings["config"])
         transform = ImageTransform.from_dict(settings["transform"])
     except (KeyError, ValidationError, TypeError) as error:
         raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({error})") from error
     with torch.device("meta"):
-        network = Clip(config)
+        network = kind.network(config)
     network.to_empty(device="cpu")
     assign(network, read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
     name = str(settings.get("name") or folder.name)
-    return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family="clip")
+    return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 
 
 def run_model(run: Path) -> Path | None:

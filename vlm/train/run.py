@@ -1,4 +1,4 @@
-"""The CLIP stage as a job for the engine: its configuration, data, starting weights and export."""
+"""A stage as a job for the engine: its configuration, data, starting weights and export."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.data.batch import Batch
 from vlm.data.loader import LoaderConfig, make_loader, steps_per_epoch
@@ -18,16 +18,19 @@ from vlm.data.sources import open_source
 from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, Resize
 from vlm.errors import ConfigError
-from vlm.models.clip import Clip, ClipConfig
 from vlm.train.checkpoint import Position, last_step
 from vlm.train.config import TrainConfig, load_config, to_yaml
 from vlm.train.distributed import Ranks, wait
+from vlm.train.draws import masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
+from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
 from vlm.weights.start import start_from
 
 logger = logging.getLogger("vlm.train")
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,29 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
-class ClipRun:
-    """Everything that a CLIP run depends on."""
+class MaskingConfig:
+    """Which tokens are hidden for MLM; stages without it ignore this."""
 
-    name: str = "clip"
+    share: float = 0.15
+    """Chance of a token to be guessed (BERT §3.1)."""
+    whole_words: bool = False
+    """Choose words whole, not tokens (ViLT §3.2.1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"masking.share is a chance and must lie between 0 and 1, got {self.share!r}")
+
+
+@dataclass(frozen=True)
+class RunConfig(Generic[M]):
+    """Everything that a run depends on, whatever the stage: `M` is the stage's own configuration."""
+
+    model: M
+    name: str = "model"
     """What the model folder calls itself."""
-    model: ClipConfig = field(default_factory=ClipConfig)
     start: tuple[str, ...] = ()
-    """Weights to begin with, later ones over earlier: ``minilm``, a BERT folder, a model or run folder."""
+    """Weights to begin with, later ones over earlier: ``minilm``, a BERT folder, a shipped name, a model or run
+    folder."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
     data: tuple[str, ...] = ("human-train", "web-train")
     """Training sets, joined; anything that `open_source` takes."""
@@ -56,35 +74,40 @@ class ClipRun:
     """Sets that figures are taken on while training; empty for none."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def make_tokenizer(config: ClipRun) -> Tokenizer:
+def run_kind(stage: str) -> Any:
+    """The type of a stage's runs, for `load_config`. Raises WeightsError for an unknown stage."""
+    return RunConfig[family(stage).config]  # type: ignore[misc]
+
+
+def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
     """The run's tokenizer, checked against the text tower's vocabulary and length.
 
     Raises ConfigError when they don't fit.
     """
-    context = config.model.text.context_length
+    text = getattr(config.model, "text", config.model)
     make = {"wordpiece": wordpiece, "clip_bpe": clip_bpe}[config.tokenizer]
-    tokenizer = make(max_length=min(context, config.loader.max_length or context))
-    if tokenizer.vocab_size > config.model.text.vocab_size:
+    tokenizer = make(max_length=min(text.context_length, config.loader.max_length or text.context_length))
+    if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
-            f"model.text.vocab_size is {config.model.text.vocab_size}, "
-            f"but {config.tokenizer} has {tokenizer.vocab_size} tokens"
+            f"model.text.vocab_size is {text.vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens"
         )
     return tokenizer
 
 
-def make_transform(config: ClipRun) -> ImageTransform:
+def make_transform(config: RunConfig[Any]) -> ImageTransform:
     """The run's picture preprocessing."""
     images = config.images
     return ImageTransform(config.model.image.image_size, images.mean, images.std, images.resize)
 
 
-def train_clip(
-    config: ClipRun,
+def train_stage(
+    config: RunConfig[Any],
     run: Path,
     here: Ranks,
     *,
@@ -92,42 +115,43 @@ def train_clip(
     evaluate: Evaluate | None = None,
     progress: bool = True,
 ) -> Position:
-    """Train CLIP into the folder `run`; ``run/model`` is what `vlm.load` reads at the end.
+    """Train a stage into the folder `run`; ``run/model`` is what `vlm.load` reads at the end.
 
     evaluate: figures of the network while training (every rank calls it). Raises ConfigError, DataError,
     WeightsError or TrainingError with what to do.
     """
+    stage = family_name(config.model)
     tokenizer, transform = make_tokenizer(config), make_transform(config)
     source = open_source(config.data)
     fingerprint = source.fingerprint()
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
-    network = Clip(config.model)
+    network = FAMILIES[stage].network(config.model)
     for start in config.start if before is None else ():
         start_from(network, start)
-    network.image.checkpointing = network.text.checkpointing = config.checkpointing
+    for part in network.children():
+        if hasattr(part, "checkpointing"):
+            part.checkpointing = config.checkpointing  # type: ignore[assignment]
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
+    hides = "mlm" in network.loss_weights  # type: ignore[operator]
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
-        return make_loader(
-            source,
-            loader,
-            tokenizer=tokenizer,
-            transform=transform,
-            epoch=epoch,
-            skip_samples=skip,
-            rank=here.rank,
-            ranks=here.count,
-        )
+        made = make_loader(
+            source, loader, tokenizer=tokenizer, transform=transform, epoch=epoch, skip_samples=skip,
+            rank=here.rank, ranks=here.count,
+        )  # fmt: skip
+        hide = dataclasses.asdict(config.masking)
+        return masked(made, tokenizer, **hide, seed=config.train.seed, epoch=epoch) if hides else made
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         with torch.device("meta"):
-            copy = Clip(config.model)
+            copy: Any = FAMILIES[stage].network(config.model)
         copy.load_state_dict(state, assign=True)
-        save_model(copy, tokenizer, transform, folder, name=config.name)
+        save_model(copy, tokenizer, transform, folder, name=config.name, family=stage)
 
     steps = steps_per_epoch(len(source), loader)
-    job = Job(network, network.contrast, network.clamp_, batches, steps, export, evaluate, fingerprint)
+    width = getattr(config.model, "embed_dim", 0)
+    job = Job(network, batches, steps, export, evaluate, fingerprint, width)
     trainer = Trainer(job, config.train, run, here, progress=progress)
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
@@ -142,21 +166,21 @@ def train_clip(
     return position
 
 
-def read_run_config(run: Path, overrides: Iterable[str] = ()) -> ClipRun:
-    """The configuration that a run folder was started with. Raises ConfigError when it holds none."""
+def read_run_config(stage: str, run: Path, overrides: Iterable[str] = ()) -> RunConfig[Any]:
+    """The configuration that a stage's run folder was started with. Raises ConfigError when it holds none."""
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run}: no run to resume there (config.yaml is missing); start it without --resume")
-    return load_config(ClipRun, path, list(overrides))
+    found: RunConfig[Any] = load_config(run_kind(stage), path, list(overrides))
+    return found
 
 
-def _log_sizes(network: Clip, trainer: Trainer, samples: int) -> None:
+def _log_sizes(network: nn.Module, trainer: Trainer, samples: int) -> None:
     if trainer.here.first:
-        sizes: dict[str, Any] = {"image": network.image, "text": network.text}
-        counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in sizes.items()}
+        counts = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in network.named_children()}
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
         logger.info(
-            "%d samples, %d steps; parameters: image %.1f M, text %.1f M, trained %.1f M; %s on %d x %s",
-            samples, trainer.steps, counts["image"], counts["text"], trained,
+            "%d samples, %d steps; parameters: %s, trained %.1f M; %s on %d x %s",
+            samples, trainer.steps, ", ".join(f"{name} {count:.1f} M" for name, count in counts.items()), trained,
             str(trainer.precision).removeprefix("torch."), trainer.here.count, trainer.here.device,
         )  # fmt: skip

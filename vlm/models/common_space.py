@@ -1,0 +1,170 @@
+"""The space that images and texts meet in, the same for CLIP, ALBEF and BLIP.
+
+Pooling, projection and temperature lead into it; the contrast with a teacher and the draw of hard negatives
+take place in it; image and text states are kept beside their features, to be fused later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm.errors import ConfigError, nearest
+from vlm.models.stage import Draws, Taught
+from vlm.objectives.distillation import itc_taught
+from vlm.objectives.itc import itc, positives
+from vlm.objectives.itm import draw_negatives
+
+IMAGE_POOLS = ("cls", "mean")
+TEXT_POOLS = ("cls", "eot", "mean")
+
+
+class Rows(Protocol):
+    """What a stage's encoding reads of a batch."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, 3, H, W) normalised pixels."""
+
+    @property
+    def tokens(self) -> Mapping[str, Tensor]:
+        """`input_ids` and `attention_mask`, each (B, L)."""
+
+
+@dataclass(frozen=True)
+class ImageStates:
+    """Images encoded once, to be compared and fused any number of times."""
+
+    features: Tensor
+    """(B, D) unit norm, for contrast."""
+    states: Tensor
+    """(B, N, D), what a text looks at."""
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Texts encoded once, up to where images come in."""
+
+    features: Tensor
+    """(B, D) unit norm, for contrast."""
+    states: Tensor
+    """(B, L, D) after the layers that see the text alone."""
+    mask: Tensor
+    """(B, L) true for real tokens."""
+
+
+def pool_image(states: Tensor, pool: str) -> Tensor:
+    """Reduce (B, N, D) states to (B, D): the [CLS] state, or the mean of the patches."""
+    check_choice("image_pool", pool, IMAGE_POOLS)
+    return states[:, 0] if pool == "cls" else states[:, 1:].mean(dim=1)
+
+
+def pool_text(states: Tensor, mask: Tensor, pool: str) -> Tensor:
+    """Reduce (B, L, D) states to (B, D): the first, the last real one, or the mean of the real ones."""
+    check_choice("text_pool", pool, TEXT_POOLS)
+    if pool == "cls":
+        return states[:, 0]
+    if pool == "eot":
+        last = mask.sum(dim=1) - 1  # (B,), texts are padded on the right
+        return states[torch.arange(len(states), device=states.device), last]
+    weight = mask.to(states.dtype)[:, :, None]  # (B, L, 1)
+    return (states * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def projection(width: int, embed_dim: int, *, bias: bool) -> nn.Linear:
+    """The linear map of a tower's pooled states to the common space."""
+    linear = nn.Linear(width, embed_dim, bias=bias)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def project(pooled: Tensor, linear: nn.Linear) -> Tensor:
+    """Map pooled states (B, width) to unit-norm features (B, D)."""
+    return F.normalize(linear(pooled), dim=-1)
+
+
+def log_scale(init: float) -> nn.Parameter:
+    """The learned temperature as log of its inverse, (1,): one element, since FSDP2 shards no scalars."""
+    if init <= 0:
+        raise ConfigError(f"logit_scale_init {init} must be positive; CLIP starts at 14.3")
+    return nn.Parameter(torch.tensor([math.log(init)]))
+
+
+@torch.no_grad()
+def clamp_scale_(parameter: Tensor, low: float, high: float) -> None:
+    """Keep the inverse temperature within its bounds, given its log."""
+    parameter.clamp_(math.log(low), math.log(high))
+
+
+def align(
+    features: Mapping[str, Tensor],
+    everyone: Mapping[str, Tensor],
+    *,
+    row_ids: Tensor,
+    ids: Tensor,
+    taught: Taught | None,
+) -> Tensor:
+    """ITC of some rows: against the teacher's features and the queue, or against everyone's where none teaches.
+
+    Arguments as for a stage's `contrast`. Returns a scalar, the mean over the rows.
+    """
+    scale = features["log_scale"].exp()
+    if taught is None:
+        columns = (everyone["image"], everyone["text"])
+        return itc(features["image"], features["text"], *columns, scale=scale, row_ids=row_ids, ids=ids)
+    return itc_taught(
+        features["image"],
+        features["text"],
+        taught_image=taught.rows["image"],
+        taught_text=taught.rows["text"],
+        images=taught.columns["image"],
+        texts=taught.columns["text"],
+        scale=scale,
+        row_ids=row_ids,
+        ids=taught.ids,
+        alpha=taught.alpha,
+    )
+
+
+@torch.no_grad()
+def draw_partners(
+    features: Mapping[str, Tensor],
+    everyone: Mapping[str, Tensor],
+    *,
+    row_ids: Tensor,
+    ids: Tensor,
+    draws: Draws,
+    hard: bool,
+) -> dict[str, Tensor]:
+    """A negative image for each text and a negative text for each image (ALBEF §3.2).
+
+    Arguments as for a stage's `choose`. hard: in proportion to the softmax of the contrast; else each negative
+    is as likely. Returns ``image`` and ``text`` (b,): rows of the joined batch, -1 where it holds no negative.
+    """
+    positive = positives(row_ids, ids)  # (b, B)
+    partners = {}
+    for kind, looking in (("image", "text"), ("text", "image")):
+        logits = features["log_scale"].exp() * features[looking] @ everyone[kind].T  # (b, B)
+        weights = logits.float().softmax(dim=1) if hard else torch.ones_like(logits)
+        partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
+    return partners
+
+
+def check_pools(image_pool: str, text_pool: str) -> None:
+    """Raise ConfigError unless both are known ways to pool."""
+    check_choice("image_pool", image_pool, IMAGE_POOLS)
+    check_choice("text_pool", text_pool, TEXT_POOLS)
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ConfigError unless a setting is one of the known values."""
+    if value not in known:
+        raise ConfigError(f"unknown {name} {value!r}{nearest(value, known)}; choose from {', '.join(known)}")

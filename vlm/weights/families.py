@@ -1,0 +1,44 @@
+"""The families of networks that have a configuration of ours: one line a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vlm.errors import WeightsError, nearest
+from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.clip import Clip, ClipConfig
+from vlm.models.vilt import Vilt, ViltConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model folder's ``config.json`` and weights become."""
+
+    config: type
+    """Its configuration, a dataclass."""
+    network: Callable[[Any], nn.Module]
+    """That to a network with random weights."""
+
+
+FAMILIES = {
+    "clip": Family(ClipConfig, Clip),
+    "vilt": Family(ViltConfig, Vilt),
+    "albef": Family(AlbefConfig, Albef),
+}
+
+
+def family(name: str, *, where: str = "") -> Family:
+    """The family called `name`. Raises WeightsError with the known ones; `where` stands before the message."""
+    if name not in FAMILIES:
+        start = f"{where}: " if where else ""
+        raise WeightsError(f"{start}family {name!r} isn't known{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_name(config: Any) -> str:
+    """The name of the family that a configuration belongs to."""
+    return next(name for name, one in FAMILIES.items() if isinstance(config, one.config))
