@@ -43,7 +43,7 @@ def clip(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads of torch; 0 for its own choice.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
 ) -> None:
     """Train CLIP (ITC). Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train clip ..."""
     from vlm.errors import ConfigError
