@@ -115,10 +115,10 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {EXPECTED.get(item['type'], item['msg'].lower())}"
-            for item in error.errors()
-        ]
+        lines = []
+        for item in error.errors():
+            reason = EXPECTED.get(item["type"], item["msg"].lower())
+            lines.append(f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {reason}")
         raise ConfigError(f"{where}: wrong value\n" + "\n".join(lines)) from error
 
 
