@@ -60,12 +60,13 @@ def is_albef(tensors: Mapping[str, Any]) -> bool:
     return f"{_IMAGE}.cls_token" in tensors and any(name.startswith(f"{_TEXT}.") for name in tensors)
 
 
-def load_albef(path: Path, *, name: str = "") -> VisionLanguageModel:
+def load_albef(path: Path, *, name: str = "", tensors: Mapping[str, Tensor] | None = None) -> VisionLanguageModel:
     """The model of an official pre-training checkpoint, without its teacher and queue.
 
+    tensors: what the file holds, where it was read already.
     Raises WeightsError that lists every tensor that doesn't fit.
     """
-    tensors = read_tensors(path)
+    tensors = read_tensors(path) if tensors is None else tensors
     where = name or str(path)
     config = infer_config(tensors, where=where)
     network = Albef(config)
