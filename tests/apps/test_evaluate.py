@@ -11,6 +11,7 @@ from PIL import Image
 
 import vlm
 from tests.apps.conftest import Run
+from tests.tasks.fused import fused_model, pair_model
 from tests.tasks.small import class_folders, noise, plain
 from vlm.data.sources import open_source
 from vlm.tasks.evaluate import evaluate_zero_shot
@@ -105,6 +106,28 @@ def test_retrieval(run: Run, model: str, tmp_path: Path) -> None:
     assert written == report.as_dict() | {"distractors": "", "seed": 3}
     small = run(*where)
     assert "1 galleries of 12" in small.out and "--distractors" in small.err
+
+
+def test_retrieval_with_re_ranking(run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.weights.load.load", lambda name, **_: {"fused": fused_model, "pairs": pair_model}[name]())
+    where = ("eval", "retrieval", "-d", classes, "--gallery", 3, "--galleries", 1, "--out", tmp_path / "out", "-m")
+    done = run(*where, "fused", "--rerank", 2, "--score", "itm+itc")
+    assert done.code == 0, done.err
+    assert "2 re-ranked by itm+itc, %" in done.out and "1 galleries of 3" in done.out
+    written = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert written["score"] == "itc"
+    assert (written["rerank"]["k"], written["rerank"]["score"]) == (2, "itm+itc")
+    assert f"pairs run: {written['rerank']['pairs']}" in done.out
+    whole = run(*where, "pairs")
+    assert whole.code == 0 and "pairs run: 9" in whole.out and "by itm, %" in whole.out
+    assert run(*where, "pairs", "--rerank", 2).code == 2
+    wrong = run(*where, "fused", "--rerank", 2, "--score", "mean")
+    assert wrong.code == 2 and "itm+itc" in wrong.err
+
+
+def test_re_ranking_needs_a_model_that_can(run: Run, model: str, classes: Path) -> None:
+    done = run("eval", "retrieval", "-d", classes, "-m", model, "--rerank", 8)
+    assert done.code == 2 and "has no match; ViLT, ALBEF" in done.err
 
 
 def test_prompts(run: Run, model: str, classes: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps import classify, data, evaluate, models, train
+from vlm.apps import classify, data, doctor, evaluate, explain, models, train
 from vlm.apps.serve import command as serve
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")
 app.command()(classify.classify)
 app.command()(serve.serve)
+app.command()(explain.explain)
+app.command()(doctor.doctor)
 app.command()(models.models)
 app.command()(models.export)
 app.command()(models.demo)

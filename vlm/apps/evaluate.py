@@ -23,6 +23,7 @@ from vlm.apps.common import (
     table,
     write_text,
 )
+from vlm.apps.explain import Layer, Method
 
 app = typer.Typer(help="Measure a model on a data set.", no_args_is_help=True)
 
@@ -84,21 +85,33 @@ def retrieval(
     model: Model = DEFAULT_MODEL,
     distractors: Annotated[str, typer.Option(help="More pictures to fill the gallery, never asked for.")] = "",
     gallery: Annotated[int, typer.Option(min=2, help="Pictures and texts that a query is searched among.")] = 500,
+    galleries: Annotated[int, typer.Option(min=0, help="Galleries at most; 0 for all that the data fill.")] = 0,
+    rerank: Annotated[int, typer.Option(min=0, help="Nearest candidates that ITM scores again; 0 for none.")] = 0,
+    score: Annotated[str, typer.Option(help="Of re-ranked pairs: itm, or itm+itc (adds the cosine).")] = "itm",
     seed: Annotated[int, typer.Option(help="Draws the galleries and the bootstrap.")] = 0,
     out: Out = None,
     device: Device = "auto",
 ) -> None:
-    """Recall at 1, 5 and 10, pictures by text and texts by picture."""
+    """Recall at 1, 5 and 10, pictures by text and texts by picture; with --rerank, before and after it.
+
+    A model that only judges pairs (ViLT) runs all of them whole: the gallery's size squared, for each gallery.
+    """
     from vlm.data.sources import open_source
+    from vlm.tasks.rerank import check_rerank
     from vlm.tasks.retrieval import evaluate_retrieval
 
     log_warnings()
     check_output(out, folder=True)
+    by = check_rerank(rerank, score)
     source = open_source(data)
     more = open_source(distractors) if distractors else None
-    report = evaluate_retrieval(load_model(model, device), source, distractors=more, gallery=gallery, seed=seed)
+    report = evaluate_retrieval(
+        load_model(model, device), source, distractors=more, gallery=gallery, galleries=galleries,
+        rerank=rerank, score=by, seed=seed,
+    )  # fmt: skip
+    header = ["direction", "measure", f"by {report.score}, % [95 % interval]", "chance %"]
     rows = [
-        (way.replace("_", " "), f"R@{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}")
+        [way.replace("_", " "), f"R@{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}"]
         for way, at in report.recall.items()
         for k, figure in at.items()
     ]
@@ -108,7 +121,15 @@ def retrieval(
     )
     if report.gallery < gallery:
         typer.echo(f"the data fills no gallery of {gallery}; --distractors adds pictures to search among", err=True)
-    typer.echo(table(["direction", "measure", "% [95 % interval]", "chance %"], rows))
+    pairs, again = report.pairs, report.reranked
+    if again is not None:
+        pairs = again.pairs
+        header.insert(3, f"{again.k} re-ranked by {again.score}, %")
+        for row, figure in zip(rows, (f for at in again.recall.values() for f in at.values()), strict=True):
+            row.insert(3, percent(figure.as_dict()))
+    if pairs:
+        typer.echo(f"pairs run: {pairs}")
+    typer.echo(table(header, rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict() | {"distractors": distractors, "seed": seed})
 
@@ -148,6 +169,39 @@ def prompts(
     if out is not None:
         values = {"model": loaded.name, "data": source.name, "flags": not no_flags, "rows": found}
         _write_json(out / "report.json", values)
+
+
+@app.command()
+def pointing(
+    data: Data,
+    model: Model = DEFAULT_MODEL,
+    collages: Annotated[int, typer.Option(min=1, help="Collages of four pictures to play on.")] = 200,
+    method: Method = "auto",
+    layer: Layer = 3,
+    control: Annotated[bool, typer.Option(help="Let the same architecture with random weights play too.")] = True,
+    seed: Annotated[int, typer.Option(help="Draws the collages, the control's weights and the bootstrap.")] = 0,
+    out: Out = None,
+    device: Device = "auto",
+) -> None:
+    """The pointing game: is the heat of a text in the right one of four pictures? A guess is, a quarter of the time."""
+    from vlm.data.sources import open_source
+    from vlm.tasks.pointing import evaluate_pointing
+
+    log_warnings()
+    check_output(out, folder=True)
+    source = open_source(data)
+    report = evaluate_pointing(
+        load_model(model, device), source, count=collages, method=method, layer=layer, control=control, seed=seed
+    )
+    sides = [("trained", report.trained), *([("random weights", report.control)] if report.control else [])]
+    rows = [
+        (name, percent(found.hits.as_dict()), percent(found.heat.as_dict()), f"{100 * found.hits.chance:.0f}")
+        for name, found in sides
+    ]
+    typer.echo(f"{report.model} on {report.data}: {report.trained.hits.count} collages, {report.method}")
+    typer.echo(table(["weights", "hottest patch right, %", "heat in the right picture, %", "chance %"], rows))
+    if out is not None:
+        _write_json(out / "report.json", report.as_dict())
 
 
 def _depths(text: str) -> list[int]:

@@ -1,4 +1,8 @@
-"""Retrieval both ways: pictures by text and texts by picture, in galleries of a fixed size."""
+"""Retrieval both ways: pictures by text and texts by picture, in galleries of a fixed size.
+
+First by features (ITC); then, where asked for, the nearest candidates again by the cross-encoder (ITM), as in ALBEF
+§5. A model that only judges pairs (ViLT) ranks the whole gallery by them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,40 @@ import torch
 from vlm.errors import ConfigError, DataError
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, chance_at, ranks_of_best
+from vlm.tasks.rerank import (
+    Rows,
+    Score,
+    Scorer,
+    check_rerank,
+    make_scorer,
+    nearest_candidates,
+    pair_scores,
+    reranked,
+    source_rows,
+)
 from vlm.weights.loaded import VisionLanguageModel
 
 DEPTHS = (1, 5, 10)
+WAYS = ("text_to_image", "image_to_text")
+Recall = dict[str, dict[int, Figure]]
+"""By way, then by depth."""
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """Recall after the nearest candidates were scored again, pair by pair."""
+
+    k: int
+    """Candidates of a query that were scored."""
+    score: str
+    """``itm`` or ``itm+itc``, see `vlm.tasks.rerank.SCORES`."""
+    pairs: int
+    """Pairs that were run, each once for both ways."""
+    recall: Recall
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"k": self.k, "score": self.score, "pairs": self.pairs, "recall": _json(self.recall)}
 
 
 @dataclass(frozen=True)
@@ -25,8 +60,13 @@ class RetrievalReport:
     gallery: int
     galleries: int
     queries: int
-    recall: dict[str, dict[int, Figure]]
+    recall: Recall
     """``text_to_image`` and ``image_to_text``, each by depth."""
+    score: str = "itc"
+    """What `recall` ranks by: cosines (``itc``), or every pair's matched logit (``itm``)."""
+    pairs: int = 0
+    """Pairs run for `recall`."""
+    reranked: Reranked | None = None
 
     def figures(self) -> dict[str, float]:
         """Plain numbers for a training log, with their mean over directions and depths."""
@@ -35,11 +75,22 @@ class RetrievalReport:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
-        recall = {way: {f"R@{k}": f.as_dict() for k, f in at.items()} for way, at in self.recall.items()}
-        return {
+        values = {
             "model": self.model, "data": self.data, "gallery": self.gallery, "galleries": self.galleries,
-            "queries": self.queries, "recall": recall,
+            "queries": self.queries, "score": self.score, "recall": _json(self.recall),
         }  # fmt: skip
+        values |= {"pairs": self.pairs} if self.pairs else {}
+        return values | ({"rerank": self.reranked.as_dict()} if self.reranked else {})
+
+
+@dataclass(frozen=True)
+class _Gallery:
+    """Rows that are searched together; the first `queries` of them are asked for."""
+
+    rows: np.ndarray
+    queries: int
+    positives: np.ndarray
+    """(queries, rows)."""
 
 
 def evaluate_retrieval(
@@ -49,25 +100,79 @@ def evaluate_retrieval(
     distractors: Any = None,
     gallery: int = 500,
     rounds: int = 10,
+    galleries: int = 0,
+    rerank: int = 0,
+    score: Score = "itm",
     seed: int = 0,
 ) -> RetrievalReport:
     """Recall in galleries of `gallery` pictures and as many texts.
 
     Each round draws a gallery: as many rows of `source` as fit, the queries, and, when those are fewer, rows of
     `distractors` that are only candidates. Figures are means over rounds; intervals are bootstrapped over
-    queries. A source larger than the gallery is cut into disjoint galleries instead. Raises ConfigError when
-    a gallery or the rounds are too small, DataError when there are fewer than two rows.
+    queries. A source larger than the gallery is cut into disjoint galleries instead.
+
+    galleries: how many of them at most; 0 for all. rerank: how many of the nearest candidates of a query are
+    scored again, each with the query as a pair, and ordered by `score`; those behind stay in their order. 0
+    for none. A model without features of its own (ViLT) runs every pair, the gallery's size squared.
+
+    Raises ConfigError when a size is too small or the model can't choose candidates, MissingVerbError when it
+    can't match, DataError when there are fewer than two rows.
     """
-    if gallery < 2 or rounds < 1:
-        raise ConfigError(f"gallery must be at least 2 and rounds at least 1, got {gallery} and {rounds}")
-    rows = source_features(model, source)
-    extra = source_features(model, distractors) if distractors is not None else None
-    available = len(rows.keys) + (len(extra.keys) if extra else 0)
-    if available < 2:
-        raise DataError(f"{source.name}: {available} readable picture, retrieval needs at least 2")
-    gallery = min(gallery, available)
-    drawn = _galleries(len(rows.keys), len(extra.keys) if extra else 0, gallery, rounds, seed)
-    return _report(model.name, source.name, rows, extra, drawn, gallery, seed)
+    if gallery < 2 or rounds < 1 or galleries < 0:
+        raise ConfigError(
+            f"gallery must be at least 2, rounds at least 1 and galleries at least 0, "
+            f"got {gallery}, {rounds} and {galleries}"
+        )
+    check_rerank(rerank, score)
+    whole = not hasattr(model.network, "encode_image") and hasattr(model.network, "match")
+    if whole and (rerank or score != "itm"):
+        raise ConfigError(
+            f"{model.name} is a {model.family} model without features to choose candidates by: it ranks the whole "
+            "gallery by its pairs' matched logits; drop rerank and score, and bound the cost with gallery"
+        )
+    features, pairs, own = _read(model, source, distractors, paired=bool(rerank) or whole)
+    if len(features.keys) < 2:
+        raise DataError(f"{source.name}: {len(features.keys)} readable picture, retrieval needs at least 2")
+    gallery = min(gallery, len(features.keys))
+    drawn = _galleries(own, len(features.keys) - own, gallery, rounds, seed)[: galleries or None]
+    built = [_built(features, rows, other + own) for rows, other in drawn]
+    scores = {way: [_cosines(features, one, way) for one in built] for way in WAYS}
+    asked = len({row for one in built for row in one.rows[: one.queries].tolist()})
+    sizes = (model.name, source.name, gallery, len(built), asked)
+    if pairs is None:
+        return RetrievalReport(*sizes, _recall(scores, built, seed))
+    scorer = make_scorer(model, pairs)
+    again, count = _again(scores, built, scorer, rerank or gallery, score)
+    if whole:
+        return RetrievalReport(*sizes, _recall(again, built, seed), score="itm", pairs=count)
+    second = Reranked(min(rerank, gallery), score, count, _recall(again, built, seed))
+    return RetrievalReport(*sizes, _recall(scores, built, seed), reranked=second)
+
+
+def _read(
+    model: VisionLanguageModel, source: Any, distractors: Any, *, paired: bool
+) -> tuple[SourceFeatures, Rows | None, int]:
+    """Features and, if `paired`, what pairs are scored from; of the source, then of the distractors.
+
+    The number is how many rows are the source's.
+    """
+    sources = [source] if distractors is None else [source, distractors]
+    rows: list[Rows] = []
+    parts: list[SourceFeatures] = []
+    for one in sources:
+        if paired:
+            features, pairs = source_rows(model, one)
+            rows.append(pairs)
+        else:
+            features = source_features(model, one)
+        parts.append(features)
+    joined = SourceFeatures(
+        torch.cat([part.image for part in parts]),
+        torch.cat([part.text for part in parts]),
+        np.concatenate([part.ids for part in parts]),
+        tuple(key for part in parts for key in part.keys),
+    )
+    return joined, Rows.joined(rows) if paired else None, len(parts[0].keys)
 
 
 def _galleries(own: int, extra: int, size: int, rounds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -82,37 +187,62 @@ def _galleries(own: int, extra: int, size: int, rounds: int, seed: int) -> list[
     return [(np.arange(own), rng.permutation(extra)[:missing]) for _ in range(count)]
 
 
-def _report(
-    model: str,
-    data: str,
-    rows: SourceFeatures,
-    extra: SourceFeatures | None,
-    galleries: list[tuple[np.ndarray, np.ndarray]],
-    size: int,
-    seed: int,
-) -> RetrievalReport:
-    ranks: dict[str, list[np.ndarray]] = {"text_to_image": [], "image_to_text": []}
-    positives, query = [], []
-    for own, other in galleries:
-        images, texts, ids = rows.image[own], rows.text[own], rows.ids[own]
-        if extra is not None and len(other):
-            images = torch.cat([images, extra.image[other]])
-            texts = torch.cat([texts, extra.text[other]])
-            ids = np.concatenate([ids, extra.ids[other]])
-        queries = len(own)
-        same = (ids[:queries, None, :] == ids[None]).any(axis=2)  # (queries, candidates)
-        to_image = (texts[:queries] @ images.T).numpy()
-        to_text = (images[:queries] @ texts.T).numpy()
-        ranks["text_to_image"].append(ranks_of_best(to_image, same))
-        ranks["image_to_text"].append(ranks_of_best(to_text, same))
-        positives.append(same)
-        query.append(own)
-    groups, joined = np.concatenate(query), np.concatenate(positives)
-    recall: dict[str, dict[int, Figure]] = {}
-    for way, found in ranks.items():
+def _built(features: SourceFeatures, own: np.ndarray, other: np.ndarray) -> _Gallery:
+    rows = np.concatenate([own, other])
+    ids = features.ids[rows]
+    return _Gallery(rows, len(own), (ids[: len(own), None, :] == ids[None]).any(axis=2))
+
+
+def _cosines(features: SourceFeatures, gallery: _Gallery, way: str) -> np.ndarray:
+    """(queries, rows) cosines; all 0 for a model without features."""
+    images, texts = features.image[gallery.rows], features.text[gallery.rows]
+    ask, among = (texts, images) if way == "text_to_image" else (images, texts)
+    return (ask[: gallery.queries] @ among.T).numpy()
+
+
+def _again(
+    scores: dict[str, list[np.ndarray]], galleries: list[_Gallery], scorer: Scorer, k: int, score: str
+) -> tuple[dict[str, list[np.ndarray]], int]:
+    """The scores after re-ranking, and how many pairs were run: those of both ways and all galleries together."""
+    chosen = {
+        way: [nearest_candidates(here, one.positives, k) for here, one in zip(scores[way], galleries, strict=True)]
+        for way in WAYS
+    }
+    pairs = [_pairs(one, chosen[way][number], way) for way in WAYS for number, one in enumerate(galleries)]
+    found = pair_scores(scorer, np.concatenate(pairs))
+    ends = np.cumsum([len(part) for part in pairs])
+    parts = iter(np.split(found, ends[:-1]))
+    again: dict[str, list[np.ndarray]] = {}
+    for way in WAYS:
+        again[way] = []
+        for here, candidates in zip(scores[way], chosen[way], strict=True):
+            new = next(parts).reshape(candidates.shape)
+            if score == "itm+itc":
+                new = new + np.take_along_axis(here, candidates, axis=1)
+            again[way].append(reranked(here, candidates, new))
+    return again, len(np.unique(np.concatenate(pairs), axis=0))
+
+
+def _pairs(gallery: _Gallery, candidates: np.ndarray, way: str) -> np.ndarray:
+    """(queries * k, 2) image row and text row of each query with each of its candidates."""
+    asked = np.repeat(gallery.rows[: gallery.queries], candidates.shape[1])
+    among = gallery.rows[candidates.reshape(-1)]
+    return np.stack([among, asked] if way == "text_to_image" else [asked, among], axis=1)
+
+
+def _recall(scores: dict[str, list[np.ndarray]], galleries: list[_Gallery], seed: int) -> Recall:
+    groups = np.concatenate([one.rows[: one.queries] for one in galleries])
+    joined = np.concatenate([one.positives for one in galleries])
+    recall: Recall = {}
+    for way, parts in scores.items():
+        ranks = np.concatenate([ranks_of_best(part, one.positives) for part, one in zip(parts, galleries, strict=True)])
         recall[way] = {}
         for k in DEPTHS:
-            hits = np.concatenate(found) < k
+            hits = ranks < k
             low, high = bootstrap(hits, groups=groups, draws=500, seed=seed)
             recall[way][k] = Figure(float(hits.mean()), low, high, chance_at(k, joined), len(hits))
-    return RetrievalReport(model, data, size, len(galleries), len(set(groups.tolist())), recall)
+    return recall
+
+
+def _json(recall: Recall) -> dict[str, Any]:
+    return {way: {f"R@{k}": figure.as_dict() for k, figure in at.items()} for way, at in recall.items()}

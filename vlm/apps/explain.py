@@ -1,0 +1,40 @@
+"""``vlm explain``: a picture of where a model looks for each word of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm.apps.common import DEFAULT_MODEL, Device, Model, check_output, load_model, log_warnings
+
+Method = Annotated[
+    str,
+    typer.Option(help="grad-cam (ALBEF), plan (ViLT), cam, relevance or rollout (CLIP); auto for the model's best."),
+]
+Layer = Annotated[int, typer.Option(min=1, help="Of the fusion layers, the first is 1, for grad-cam.")]
+
+
+def explain(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    text: Annotated[str, typer.Argument(help="What to look for, such as 'a red apple'.")],
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")] = Path("explanation.png"),
+    method: Method = "auto",
+    layer: Layer = 3,
+    device: Device = "auto",
+) -> None:
+    """Write a picture of where the model looks for a text and for each of its words."""
+    from vlm.data.images import load_image
+    from vlm.files import write_file
+    from vlm.tasks import explain as task
+
+    log_warnings()
+    check_output(out)
+    picture = load_image(image)
+    loaded = load_model(model, device)
+    found = task.explain(loaded, picture, text, method=method, layer=layer)
+    page = task.explanation_picture(loaded, picture, found)
+    write_file(out, lambda file: page.save(file, "PNG"))
+    typer.echo(f"{out}: {loaded.name}, {found.method}" + (f", {len(found.words)} words" if found.words else ""))

@@ -1,0 +1,203 @@
+"""Where a model looked: heat of each patch, by what the model's parts can tell. Tensors in, tensors out.
+
+``grad-cam``: cross-attention times its gradient (ALBEF §4.6, figure 4). ``plan``: the word-patch transport plan
+(ViLT, figure 4). ``cam``: the cosine split into what each patch adds (arXiv 1512.04150), exact where the image's
+feature is the mean of its patches, and for no other. ``rollout``: attention multiplied through an image encoder's
+layers (arXiv 2005.00928); it knows nothing of the text, so it is the same for all. ``relevance``: rollout with each
+attention weighted by its gradient towards the cosine with the text (arXiv 2103.15679).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vlm.errors import ConfigError, MissingVerbError, nearest
+from vlm.models.transformer import Attention
+from vlm.weights.loaded import VisionLanguageModel
+
+METHODS = ("grad-cam", "plan", "cam", "relevance", "rollout")
+"""In the order in which `choose_method` prefers them."""
+FUSION_LAYER = 3
+"""Of the fusion layers, from 1, whose cross-attention ALBEF's figures show."""
+MATCHED = 1
+
+
+def methods(model: VisionLanguageModel) -> list[str]:
+    """The methods that a model's parts allow, the best first."""
+    network: Any = model.network
+    trunk = getattr(getattr(network, "image", None), "trunk", None)
+    encodes = hasattr(network, "encode_image") and hasattr(trunk, "blocks")
+    can = {
+        "grad-cam": hasattr(network, "match_states") and hasattr(network, "text"),
+        "plan": hasattr(network, "word_patch_plan"),
+        "cam": encodes and network.config.image_pool == "mean",
+        "relevance": encodes,
+        "rollout": encodes,
+    }
+    return [name for name in METHODS if can[name]]
+
+
+def choose_method(model: VisionLanguageModel, method: str = "auto") -> str:
+    """The method, or a model's best for ``auto``.
+
+    Raises ConfigError for an unknown name, MissingVerbError when the model can't.
+    """
+    if method not in (*METHODS, "auto"):
+        raise ConfigError(f"method {method!r}{nearest(method, METHODS)}: expected auto, {', '.join(METHODS)}")
+    able = methods(model)
+    if not able:
+        raise MissingVerbError(
+            f"{model.name} is a {model.family} model without a part that tells where it looks; CLIP's own ViT, ViLT "
+            "and ALBEF can be explained"
+        )
+    if method != "auto" and method not in able:
+        raise MissingVerbError(f"{model.name} is a {model.family} model and has no {method}; it has {', '.join(able)}")
+    return able[0] if method == "auto" else method
+
+
+def heat(
+    model: VisionLanguageModel,
+    pixels: Tensor,
+    tokens: Mapping[str, Tensor],
+    *,
+    method: str = "auto",
+    layer: int = FUSION_LAYER,
+) -> Tensor:
+    """Heat of each patch for each token, or for each text as a whole.
+
+    Args:
+        model: from `vlm.load`.
+        pixels: (1, 3, H, W) of one picture.
+        tokens: `input_ids` and `attention_mask`, each (1, L); for the methods behind `plan` (T, L).
+        method: see `METHODS`.
+        layer: of the fusion layers, from 1, for `grad-cam`; the last one where there are fewer.
+
+    Returns:
+        (L, h, w) at least 0 for `grad-cam` and `plan`, a map of each token; (T, h, w) for the others, a map of
+        each text.
+    """
+    method, network = choose_method(model, method), cast(Any, model.network)
+    if method == "grad-cam":
+        found = grad_cam(network, pixels, tokens, layer=layer)  # (L, N)
+    elif method == "plan":
+        with torch.no_grad():
+            found = network.word_patch_plan(pixels, tokens)[0]  # (L, N)
+    elif method == "cam":
+        found = patch_shares(network, pixels, tokens)  # (T, N)
+    else:
+        found = rollout(network, pixels, tokens if method == "relevance" else None)  # (T or 1, N)
+        found = found.expand(len(tokens["input_ids"]), -1)
+    patch = network.image.config.patch_size
+    rows, columns = (side // patch for side in pixels.shape[-2:])
+    return found.detach().float()[:, 1:].unflatten(1, (rows, columns))  # [CLS] is no place
+
+
+def grad_cam(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor], *, layer: int = FUSION_LAYER) -> Tensor:
+    """(L, N): relu of the matched logit's gradient, times the cross-attention, meaned over heads."""
+    if layer < 1:
+        raise ConfigError(f"layer must be at least 1, the first fusion layer, got {layer}")
+    crosses = [found.cross_attn for found in network.text.layers if found.cross_attn is not None]
+    chosen = crosses[min(layer, len(crosses)) - 1]
+    with torch.enable_grad(), _cross_attention(chosen) as maps:
+        image, text = network.image_states(pixels).states, network.text_states(tokens)
+        logits = network.match_states(text.states, text.mask, network.image_keys_values(image))  # (1, 2)
+        (gradient,) = torch.autograd.grad(logits[:, MATCHED].sum(), maps)  # (1, H, L, N)
+    return (maps[0].detach() * gradient.clamp(min=0))[0].mean(dim=0)
+
+
+@torch.no_grad()
+def patch_shares(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+    """(T, N): what each patch adds to the cosine with each text, what is negative left out."""
+    patches = network.image_projection(network.image(pixels))[0]  # (N, D), not of unit norm: their mean is scaled
+    return (network.encode_text(tokens) @ patches.T).clamp(min=0)
+
+
+def rollout(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What the image feature takes from each patch, through all layers.
+
+    Without tokens (1, N), attention alone: each layer is half attention, half the residual (2005.00928 §3).
+    With tokens (T, N), each attention weighted by its gradient towards the cosine with each text, what is
+    negative left out, and added to what came before (2103.15679 eq. 5 and 6).
+    """
+    with torch.enable_grad(), _self_attention(block.attn for block in network.image.trunk.blocks) as maps:
+        image = network.encode_image(pixels)  # (1, D)
+        if tokens is None:
+            steps = [0.5 * one.detach().mean(dim=1) + 0.5 * _eye(one) for one in maps]
+            return _pooled(network, _product(steps))
+        with torch.no_grad():
+            texts = network.encode_text(tokens)  # (T, D)
+        found = []
+        for similarity in (image @ texts.T)[0]:
+            gradients = torch.autograd.grad(similarity, maps, retain_graph=True)
+            pairs = zip(maps, gradients, strict=True)
+            steps = [(one.detach() * slope).clamp(min=0).mean(dim=1) + _eye(one) for one, slope in pairs]
+            found.append(_pooled(network, _product(steps) - _eye(maps[0])))
+    return torch.cat(found)
+
+
+def _product(steps: list[Tensor]) -> Tensor:
+    """The layers' (1, N, N) one after the other, the first rightmost."""
+    total = steps[0]
+    for step in steps[1:]:
+        total = step @ total
+    return total
+
+
+def _pooled(network: Any, flow: Tensor) -> Tensor:
+    """(1, N) of a flow (1, N, N): the rows that the image feature is pooled from."""
+    return flow[:, 1:].mean(dim=1) if network.config.image_pool == "mean" else flow[:, 0]
+
+
+def _eye(attention: Tensor) -> Tensor:
+    return torch.eye(attention.shape[-1], device=attention.device, dtype=attention.dtype)[None]
+
+
+@contextmanager
+def _cross_attention(attention: Attention) -> Iterator[list[Tensor]]:
+    """Notes the maps (B, H, L, N) of one of our attentions while it is used; fused kernels don't give them."""
+    maps: list[Tensor] = []
+
+    def explicit(module: nn.Module, given: tuple[Any, ...], _: Tensor) -> Tensor:
+        x, source, mask = (*given, None)[:3]
+        query = attention.q(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # (B, H, L, D / H)
+        scores = query @ source.keys.transpose(-2, -1) * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        maps.append(_tracked(scores.softmax(dim=-1)))
+        return attention.out((maps[-1] @ source.values).transpose(1, 2).flatten(2))
+
+    hook = attention.register_forward_hook(explicit)
+    try:
+        yield maps
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _self_attention(attentions: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Notes the maps (B, H, N, N) of timm's attentions, which give them to their dropout when not fused."""
+    maps: list[Tensor] = []
+    kept = [(attention, attention.fused_attn) for attention in attentions]
+    hooks = [
+        attention.attn_drop.register_forward_hook(lambda _, __, weights: maps.append(_tracked(weights)))
+        for attention, _ in kept
+    ]
+    for attention, _ in kept:
+        attention.fused_attn = False
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for attention, fused in kept:
+            attention.fused_attn = fused
+
+
+def _tracked(weights: Tensor) -> Tensor:
+    """The same tensor with a gradient, also where all weights are frozen."""
+    return weights if weights.requires_grad else weights.requires_grad_()
