@@ -132,7 +132,8 @@ class Checkpoints:
         except FAILURES as error:
             raise TrainingError(
                 f"{folder}: the checkpoint can't be read into this configuration ({_reason(error)}). Resume with the "
-                "configuration it was written with, or delete this folder to go on from the one before."
+                "configuration it was written with; only if its files are damaged, delete this folder to go on from "
+                "the one before."
             ) from error
         set_state_dict(
             trained.network, trained.optimizer,

@@ -30,7 +30,8 @@ def load(
     name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP or ViLT
     repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or
     a file with OpenAI's or open_clip's CLIP weights or the official ALBEF's. device: a GPU when there is one, if
-    None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every tensor that doesn't fit.
+    None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every
+    tensor that doesn't fit.
     """
     model = _found(str(name_or_path))
     if device is None:
@@ -97,6 +98,8 @@ def _found(name: str) -> VisionLanguageModel:
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path)
+    if path.is_file() and path.suffix not in CHECKPOINTS:
+        raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
         return _from_checkpoint(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
