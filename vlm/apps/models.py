@@ -34,6 +34,7 @@ def export(
 
     from vlm.errors import ConfigError, nearest
     from vlm.weights.export import export_hf, export_open_clip
+    from vlm.weights.files import check_target
 
     kinds = ("vlm", "hf", "open_clip")
     if to not in kinds:
@@ -44,6 +45,7 @@ def export(
     if to != "vlm" and dtype != "fp32":
         raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
     check_output(out, folder=True)
+    check_target(out)  # before a model is read
     loaded = load_model(model, device)
     if to == "vlm":
         loaded.save(out, dtype=types[dtype])
