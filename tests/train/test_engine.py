@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.train.small import ALONE, SAMPLES, Cut, batch, make_batches, network, order, spawn, stops_after, trainer
 from vlm.errors import ConfigError, TrainingError
@@ -172,6 +173,20 @@ SMALL_DISK = """
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     trainer(Path({run!r}), steps=8).fit(resume=True)
 """
+
+
+def test_interrupted_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    def stopped(*_, **__):
+        raise CheckpointException("save", {0: (KeyboardInterrupt(), [])})
+
+    trainer(tmp_path, steps=2).fit()
+    monkeypatch.setattr(dcp, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, steps=4).fit(resume=True)
+    monkeypatch.undo()
+    assert trainer(tmp_path, steps=4).fit(resume=True).step == 4
 
 
 def test_full_disk_within_the_state(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
@@ -60,6 +61,12 @@ def main() -> None:
         app(prog_name="vlm")  # also under `python -m vlm.apps.cli` and torchrun
     except VlmError as error:
         typer.echo(f"vlm: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or "the output"
+        typer.echo(f"vlm: {where}: no space left on the device; free some, or write elsewhere", err=True)
         sys.exit(2)
     except Exception as error:
         # By name, since torch may not be loaded.

@@ -38,6 +38,7 @@ def export(
     from vlm.errors import ConfigError, nearest
     from vlm.weights.albef import export_albef
     from vlm.weights.export import export_hf, export_open_clip
+    from vlm.weights.files import check_target
     from vlm.weights.vilt import export_hf_vilt
 
     kinds = ("vlm", "hf", "open_clip", "official")
@@ -49,6 +50,8 @@ def export(
     if to != "vlm" and dtype != "fp32":
         raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
     check_output(out, folder=to != "official")
+    if to != "official":
+        check_target(out)  # before a model is read
     loaded = load_model(model, device)
     if to == "vlm":
         loaded.save(out, dtype=types[dtype])

@@ -149,13 +149,25 @@ def save_model(
 
 
 def write_model(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a model's folder, which appears whole. Raises WeightsError when it can't be written."""
+    """Let `fill` write a model's folder, which appears whole; a model that stood there is replaced.
+
+    Raises WeightsError when it can't be written, or anything else than a model stands there.
+    """
+    check_target(target)
     try:
         write_folder(target, fill)
     except (OSError, SafetensorError) as error:
         raise WeightsError(
             f"{target}: the model can't be written ({error}); free space or choose another place"
         ) from error
+
+
+def check_target(target: Path) -> None:
+    """Raises WeightsError where a model written to `target` would take the place of something else."""
+    models = ({CONFIG, WEIGHTS}, {"open_clip_config.json", "open_clip_model.safetensors"})
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    if target.exists() and names and not any(model <= names for model in models):
+        raise WeightsError(f"{target}: holds other files, which a model would replace; choose a new or empty folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
