@@ -88,6 +88,14 @@ def test_no_traceback_in_a_shell(tmp_path: Path) -> None:
     assert not done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no /dev/full")
+def test_no_traceback_on_a_full_disk(model: str, pictures: Path) -> None:
+    command = [sys.executable, "-m", "vlm.apps.cli", "classify", str(pictures / "red.png"), "-l", "a", "-m", model]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and "no space left" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_letters_that_a_terminal_lacks(model: str, pictures: Path) -> None:
     done = shell("classify", str(pictures / "red.png"), "-l", "red,名前", "--model", model, PYTHONIOENCODING="latin-1")
     assert done.returncode == 0, done.stderr

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from tests.train.small import ALONE, SAMPLES, batch, make_batches, network, order, spawn, trainer
+from tests.train.small import ALONE, SAMPLES, Cut, batch, make_batches, network, order, spawn, stops_after, trainer
 from vlm.errors import ConfigError, TrainingError
 from vlm.train.metrics import keep_until, read_metrics
 
@@ -53,23 +54,6 @@ def test_resume_gives_the_unbroken_runs_losses_and_weights(tmp_path):
         assert torch.equal(value, weights(resumed.network)[name]), name
     for name, value in whole.average.average.items():
         assert torch.equal(value, resumed.average.average[name]), name
-
-
-class Cut(Exception):
-    pass
-
-
-def stops_after(batches, count):
-    state = {"left": count}
-
-    def cut(epoch, skip):
-        for item in batches(epoch, skip):
-            if state["left"] == 0:
-                raise Cut
-            state["left"] -= 1
-            yield item
-
-    return cut
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +173,20 @@ SMALL_DISK = """
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     trainer(Path({run!r}), steps=8).fit(resume=True)
 """
+
+
+def test_interrupted_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    def stopped(*_, **__):
+        raise CheckpointException("save", {0: (KeyboardInterrupt(), [])})
+
+    trainer(tmp_path, steps=2).fit()
+    monkeypatch.setattr(dcp, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, steps=4).fit(resume=True)
+    monkeypatch.undo()
+    assert trainer(tmp_path, steps=4).fit(resume=True).step == 4
 
 
 def test_full_disk_within_the_state(tmp_path):

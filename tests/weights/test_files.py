@@ -153,6 +153,22 @@ def test_a_folder_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_model_replaces_nothing_but_a_model(tmp_path):
+    model = Clip(CONFIG)
+    pictures, file = tmp_path / "pictures", tmp_path / "notes.txt"
+    pictures.mkdir()
+    for path in (pictures / "a.png", file):
+        path.write_text("mine")
+    for target in (pictures, file):
+        with pytest.raises(WeightsError, match=f"{target.name}: holds other files.*new or empty folder"):
+            save_model(model, wordpiece(), ImageTransform(24), target, name="x")
+    assert (pictures / "a.png").read_text() == file.read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        save_model(model, wordpiece(), ImageTransform(24), tmp_path / "empty", name="x")
+    assert vlm.load(tmp_path / "empty").name == "x"
+
+
 def test_damaged_own_folder(tmp_path):
     saved(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"family": "clip", "config": {"embed_dim": "many"}}')
@@ -164,6 +180,14 @@ def test_damaged_own_folder(tmp_path):
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json: can't be read"):
         vlm.load(tmp_path / "model")
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged(tmp_path):
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    newest.mkdir(parents=True)
+    (newest / "trainer.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"step-00000002.trainer\.json: can't be read"):
+        vlm.load(tmp_path)
 
 
 def test_unknown_names(tmp_path, monkeypatch):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated
 
 import typer
 
-from vlm.apps import classify, data, doctor, evaluate, explain, models, train
+from vlm.apps import classify, data, doctor, evaluate, explain, models, reproduce, train
 from vlm.apps.serve import command as serve
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")
+app.add_typer(reproduce.app, name="reproduce")
 app.command()(classify.classify)
 app.command()(serve.serve)
 app.command()(explain.explain)
@@ -59,6 +61,12 @@ def main() -> None:
         app(prog_name="vlm")  # also under `python -m vlm.apps.cli` and torchrun
     except VlmError as error:
         typer.echo(f"vlm: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or "the output"
+        typer.echo(f"vlm: {where}: no space left on the device; free some, or write elsewhere", err=True)
         sys.exit(2)
     except Exception as error:
         # By name, since torch may not be loaded.

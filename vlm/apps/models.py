@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +24,11 @@ def models() -> None:
 
 
 def export(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for --to official a .pth file.")],
     model: Model = DEFAULT_MODEL,
-    to: Annotated[str, typer.Option("--to", help="vlm, hf (transformers' CLIPModel) or open_clip.")] = "hf",
+    to: Annotated[
+        str, typer.Option("--to", help="vlm, hf (transformers), open_clip, or official (ALBEF's file).")
+    ] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the stored numbers: fp32, fp16 or bf16; for --to vlm.")] = "fp32",
     device: Device = "cpu",
 ) -> None:
@@ -33,9 +36,12 @@ def export(
     import torch
 
     from vlm.errors import ConfigError, nearest
+    from vlm.weights.albef import export_albef
     from vlm.weights.export import export_hf, export_open_clip
+    from vlm.weights.files import check_target
+    from vlm.weights.vilt import export_hf_vilt
 
-    kinds = ("vlm", "hf", "open_clip")
+    kinds = ("vlm", "hf", "open_clip", "official")
     if to not in kinds:
         raise ConfigError(f"--to {to!r}{nearest(to, kinds)}: expected one of {', '.join(kinds)}")
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,12 +49,16 @@ def export(
         raise ConfigError(f"--dtype {dtype!r}{nearest(dtype, types)}: expected one of {', '.join(types)}")
     if to != "vlm" and dtype != "fp32":
         raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
-    check_output(out, folder=True)
+    check_output(out, folder=to != "official")
+    if to != "official":
+        check_target(out)  # before a model is read
     loaded = load_model(model, device)
     if to == "vlm":
         loaded.save(out, dtype=types[dtype])
     else:
-        {"hf": export_hf, "open_clip": export_open_clip}[to](loaded, out)
+        hf = export_hf_vilt if loaded.family == "vilt" else export_hf
+        writers: dict[str, Callable[..., Path]] = {"hf": hf, "open_clip": export_open_clip, "official": export_albef}
+        writers[to](loaded, out)
     typer.echo(f"{loaded.name} written to {out}")
 
 

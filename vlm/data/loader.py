@@ -16,7 +16,7 @@ from vlm.data.augment import Augment, augment
 from vlm.data.batch import Batch
 from vlm.data.captions import CaptionVariation, first_caption, vary
 from vlm.data.images import decode_image
-from vlm.data.samples import caption_id, stable_id
+from vlm.data.samples import OWN, caption_id, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform, pad_pictures
@@ -46,9 +46,13 @@ class LoaderConfig:
     """Set by the engine to the run's own."""
     augment: Augment = field(default_factory=Augment)
     captions: CaptionVariation = field(default_factory=CaptionVariation)
+    shuffled: float = 0.0
+    """Share of the samples that get the texts of another one of them, fixed by the seed: noise to measure with."""
 
     def __post_init__(self) -> None:
         check_least(self, "loader", {"batch_size": 1, "workers": 0, "max_length": 0, "bucket_batches": 1, "seed": 0})
+        if not 0 <= self.shuffled < 1:
+            raise ConfigError(f"loader.shuffled is a share and must be at least 0 and below 1, got {self.shuffled!r}")
         if self.max_length == 1:
             raise ConfigError("loader.max_length must be 0 (the tokenizer's own) or at least 2 (start and end token)")
 
@@ -78,6 +82,15 @@ def plan(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, bucket_
         whole[-1] = np.concatenate([whole[-1], small.pop()])
     whole = whole + small
     return [whole[number] for number in generator.permutation(len(whole))]
+
+
+def shuffled_texts(samples: int, share: float, *, seed: int) -> dict[int, int]:
+    """Samples that get another's texts, and whose: a share of them, passed on in a circle of random order."""
+    count = round(share * samples)
+    if count < 2:
+        return {}
+    chosen = np.random.default_rng((seed, samples)).permutation(samples)[:count]
+    return dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
 
 
 def steps_per_epoch(samples: int, config: LoaderConfig) -> int:
@@ -212,6 +225,7 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
     ) -> None:
         self.source, self.config, self.tokenizer, self.transform = source, config, tokenizer, transform
         self.epoch, self.work, self.rank, self.ranks = epoch, work, rank, ranks
+        self.foreign = shuffled_texts(len(source), config.shuffled, seed=config.seed)
 
     def __len__(self) -> int:
         return len(self.work)
@@ -246,11 +260,15 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
             skipped.append(str(error))
             return None
         rng = random.Random(stable_id(f"{self.config.seed}/{self.epoch}/{number}"))
-        text = vary(sample.meta, rng, self.config.captions)
+        other = self.foreign.get(number)
+        meta = sample.meta if other is None else self.source.meta(other)
+        # Nobody knows that a foreign text is one: the sample stands for itself, not for its picture's concept.
+        concept = self.source.concepts[number] if other is None else f"{OWN}{sample.key}"
+        text = vary(meta, rng, self.config.captions)
         # The picture must also stay a positive of its other captions.
-        said = "; ".join([text, *sample.meta["captions"]])
+        said = "; ".join([text, *meta["captions"]])
         image = augment(self.transform.fit(image), said, self.config.augment, rng)
-        return _Row(sample.key, self.source.concepts[number], self.transform.normalise(image), text)
+        return _Row(sample.key, concept, self.transform.normalise(image), text)
 
 
 class _EvaluationBatches(Dataset[Batch | _Unreadable]):

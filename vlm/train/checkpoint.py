@@ -105,6 +105,7 @@ class Checkpoints:
                 state = _state(trained)
                 dcp.save(state, checkpoint_id=temporary / "state", no_dist=self.here.count == 1)
         except FAILURES as error:
+            _go_on_stopping(error)
             problem = _reason(error)
         self._agree(problem, temporary)
         tensors = full_state(trained.network, trained.average)
@@ -130,9 +131,11 @@ class Checkpoints:
             with _alone(self.here):
                 dcp.load(state, checkpoint_id=folder / "state", no_dist=self.here.count == 1)
         except FAILURES as error:
+            _go_on_stopping(error)
             raise TrainingError(
                 f"{folder}: the checkpoint can't be read into this configuration ({_reason(error)}). Resume with the "
-                "configuration it was written with, or delete this folder to go on from the one before."
+                "configuration it was written with; only if its files are damaged, delete this folder to go on from "
+                "the one before."
             ) from error
         set_state_dict(
             trained.network, trained.optimizer,
@@ -199,6 +202,14 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _go_on_stopping(error: BaseException) -> None:
+    """Raises KeyboardInterrupt again, which torch wraps as it does a full disk."""
+    if isinstance(error, CheckpointException):
+        stops = (found for found, _ in error.failures.values() if isinstance(found, KeyboardInterrupt))
+        for stop in stops:
+            raise stop
 
 
 @contextlib.contextmanager

@@ -203,6 +203,7 @@ class Trainer:
         if not name:
             return
         if name not in figures:
+            self._save()  # the steps since the last one shouldn't be lost to a wrong name
             raise TrainingError(f"train.best={name!r}: the evaluation gives {', '.join(figures) or 'nothing'}")
         if self.position.best is None or figures[name] > self.position.best:
             self.position.best, self.position.best_step = figures[name], self.position.step

@@ -24,6 +24,7 @@ from vlm.train.distributed import Ranks, wait
 from vlm.train.draws import masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
+from vlm.weights.albef import load_albef_training
 from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
 from vlm.weights.start import start_from
@@ -153,6 +154,8 @@ def train_stage(
     width = getattr(config.model, "embed_dim", 0)
     job = Job(network, batches, steps, export, evaluate, fingerprint, width)
     trainer = Trainer(job, config.train, run, here, progress=progress)
+    if before is None:
+        _start_teaching(trainer, config.start)
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
     if here.first and resume:
@@ -164,6 +167,14 @@ def train_stage(
     position = trainer.fit()
     trainer.checkpoints.publish(run / "model")
     return position
+
+
+def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
+    """Teacher and queue of an official checkpoint among the starts; else the teacher is the student's copy."""
+    for start in starts:
+        if trainer.teaching is not None and Path(start).is_file():
+            found = load_albef_training(Path(start))
+            trainer.teaching.start_from(found.teacher, found.image_queue, found.text_queue, found.pointer)
 
 
 def read_run_config(stage: str, run: Path, overrides: Iterable[str] = ()) -> RunConfig[Any]:

@@ -21,6 +21,7 @@ from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
 
 
 class Configured(Protocol):
@@ -70,6 +71,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
     return named
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder as ``transformers`` writes it, in one file or in shards.
+
+    Raises WeightsError when there are none or a file can't be read.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or {TORCH_WEIGHTS}")
 
 
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
@@ -128,19 +143,31 @@ def save_model(
         (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)
         tokenizer.save(temporary)
         (temporary / CARD).write_text(card or f"# {name}\n\nA {family} model written by vlm.\n", "utf-8")
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
 
 
 def write_model(target: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a model's folder, which appears whole. Raises WeightsError when it can't be written."""
+    """Let `fill` write a model's folder, which appears whole; a model that stood there is replaced.
+
+    Raises WeightsError when it can't be written, or anything else than a model stands there.
+    """
+    check_target(target)
     try:
         write_folder(target, fill)
     except (OSError, SafetensorError) as error:
         raise WeightsError(
             f"{target}: the model can't be written ({error}); free space or choose another place"
         ) from error
+
+
+def check_target(target: Path) -> None:
+    """Raises WeightsError where a model written to `target` would take the place of something else."""
+    models = ({CONFIG, WEIGHTS}, {"open_clip_config.json", "open_clip_model.safetensors"})
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    if target.exists() and names and not any(model <= names for model in models):
+        raise WeightsError(f"{target}: holds other files, which a model would replace; choose a new or empty folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,3 +179,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, as one file of a folder that `write_model` fills."""
+    path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from vlm.weights.files import CARD, CONFIG, WEIGHTS, assign, read_json, read_ten
 from vlm.weights.loaded import VisionLanguageModel
 
 ACCEPTED = (
-    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP repo id or folder, open_clip:ARCH/TAG, "
-    "open_clip:ARCH/FILE, or a CLIP checkpoint file"
+    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP or ViLT repo id or folder, "
+    "open_clip:ARCH/TAG, open_clip:ARCH/FILE, or a checkpoint file of CLIP or of the official ALBEF"
 )
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -28,10 +27,11 @@ def load(
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
-    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP repo id or
-    folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or a file
-    with OpenAI's or open_clip's CLIP weights. device: a GPU when there is one, if None. dtype: of the weights;
-    fp32 if None. Raises WeightsError that says what was expected, and lists every tensor that doesn't fit.
+    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP or ViLT
+    repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or
+    a file with OpenAI's or open_clip's CLIP weights or the official ALBEF's. device: a GPU when there is one, if
+    None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every
+    tensor that doesn't fit.
     """
     model = _found(str(name_or_path))
     if device is None:
@@ -82,7 +82,7 @@ def run_model(run: Path) -> Path | None:
     steps = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "trainer.json").is_file())
     if not steps:
         return None
-    best = json.loads((steps[-1] / "trainer.json").read_text("utf-8")).get("best_step", -1)
+    best = read_json(steps[-1] / "trainer.json").get("best_step", -1)
     chosen = run / "checkpoints" / f"step-{best:08d}"
     return (chosen if chosen in steps else steps[-1]) / "model"
 
@@ -92,15 +92,16 @@ def _found(name: str) -> VisionLanguageModel:
         from vlm.weights.from_open_clip import load_open_clip
 
         return load_open_clip(name.removeprefix("open_clip:"))
-    if "/" not in name and "\\" not in name and (_assets() / name / CONFIG).is_file():
-        return load_folder(_assets() / name)
+    own = shipped_folder(name)
+    if own is not None:
+        return load_folder(own)
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path)
+    if path.is_file() and path.suffix not in CHECKPOINTS:
+        raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
-        from vlm.weights.from_open_clip import load_checkpoint
-
-        return load_checkpoint(path)
+        return _from_checkpoint(path)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from vlm.weights.from_hf import load_hub
 
@@ -122,6 +123,20 @@ def _from_folder(folder: Path) -> VisionLanguageModel:
     from vlm.weights.from_hf import load_hf_folder
 
     return load_hf_folder(folder)
+
+
+def _from_checkpoint(path: Path) -> VisionLanguageModel:
+    from vlm.weights.albef import is_albef, load_albef
+    from vlm.weights.from_open_clip import load_checkpoint
+
+    tensors = read_tensors(path)
+    return load_albef(path, tensors=tensors) if is_albef(tensors) else load_checkpoint(path)
+
+
+def shipped_folder(name: str) -> Path | None:
+    """The folder of a shipped model, None for a name that isn't one."""
+    plain = "/" not in name and "\\" not in name
+    return _assets() / name if plain and (_assets() / name / CONFIG).is_file() else None
 
 
 def _assets() -> Path:

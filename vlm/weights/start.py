@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from vlm.errors import WeightsError
 from vlm.models.transformer import Transformer, TransformerConfig
+from vlm.weights.albef import load_albef_training
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import FRESH, text_layers
+from vlm.weights.load import shipped_folder
 from vlm.weights.rules import to_ours
 
 logger = logging.getLogger("vlm.weights")
@@ -27,16 +29,24 @@ def start_from(network: nn.Module, spec: str) -> None:
     """Give a network's towers pretrained weights.
 
     spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of
-    vlm (every part that both have, each whole). Raises WeightsError when nothing fits, naming what doesn't.
+    vlm or a shipped name (every part that both have, each whole), or an official ALBEF checkpoint file. Raises
+    WeightsError when nothing fits, naming what doesn't.
     """
     if spec == "minilm":
         start_text(network, find_minilm())
         return
-    folder = Path(spec)
+    folder = shipped_folder(spec) or Path(spec)
+    if folder.is_file():
+        assign(network, load_albef_training(folder).network, where=spec)
+        logger.info("everything starts from %s", spec)
+        return
     if (folder / "model" / CONFIG).is_file():
         folder = folder / "model"
     if not (folder / CONFIG).is_file():
-        raise WeightsError(f"{spec}: nothing to start from; expected minilm, a BERT folder, or a model or run folder")
+        raise WeightsError(
+            f"{spec}: nothing to start from; expected minilm, a BERT folder, a shipped name, "
+            "a model or run folder, or an official ALBEF checkpoint"
+        )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
         start_parts(network, folder)

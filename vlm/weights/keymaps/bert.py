@@ -1,4 +1,7 @@
-"""BERT and MiniLM (``transformers`` BertModel): our post-norm text transformer with token types."""
+"""BERT and MiniLM (``transformers`` BertModel): our post-norm text transformer with token types.
+
+ALBEF and BLIP keep BERT's names, also those of a BERT with cross-attention.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,7 @@ LEFT_OUT = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*", r"cls\
 
 def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
     """Rules for a text transformer of this shape; `prefix` stands before their names."""
-    embeddings = f"{prefix}embeddings"
-    rules = [
-        same("tokens.weight", f"{embeddings}.word_embeddings.weight"),
-        same("positions.weight", f"{embeddings}.position_embeddings.weight"),
-        same("types.weight", f"{embeddings}.token_type_embeddings.weight"),
-        *both("embed_norm", f"{embeddings}.LayerNorm"),
-    ]
+    rules = embedding_rules("", f"{prefix}embeddings.")
     for i in range(config.layers):
         ours, theirs = f"layers.{i}", f"{prefix}encoder.layer.{i}"
         attention = f"{theirs}.attention.self"
@@ -29,7 +26,41 @@ def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
         rules += both(f"{ours}.mlp.text.up", f"{theirs}.intermediate.dense")
         rules += both(f"{ours}.mlp.text.down", f"{theirs}.output.dense")
         rules += both(f"{ours}.mlp_norm.text", f"{theirs}.output.LayerNorm")
+        if i in config.cross_layers:
+            rules += _cross_attention(ours, f"{theirs}.crossattention")
     return rules
+
+
+def mlm_head_rules(ours: str, theirs: str) -> list[Rule]:
+    """Rules for BERT's head of masked language modelling, without its tied last matrix."""
+    return [
+        *both(f"{ours}.dense", f"{theirs}.transform.dense"),
+        *both(f"{ours}.norm", f"{theirs}.transform.LayerNorm"),
+        same(f"{ours}.bias", f"{theirs}.bias"),
+    ]
+
+
+def _cross_attention(ours: str, theirs: str) -> list[Rule]:
+    """Our kv is their key and value; the query has another width, so it stands alone."""
+    rules = [
+        *both(f"{ours}.cross_attn.q", f"{theirs}.self.query"),
+        *both(f"{ours}.cross_attn.out", f"{theirs}.output.dense"),
+        *both(f"{ours}.cross_norm", f"{theirs}.output.LayerNorm"),
+    ]
+    for end in ("weight", "bias"):
+        kv = tuple(f"{theirs}.self.{name}.{end}" for name in ("key", "value"))
+        rules.append(Rule((f"{ours}.cross_attn.kv.{end}",), kv, (1,), (1, 1)))
+    return rules
+
+
+def embedding_rules(ours: str, theirs: str) -> list[Rule]:
+    """Rules for words, positions, token types and their norm; both prefixes with their dots."""
+    return [
+        same(f"{ours}tokens.weight", f"{theirs}word_embeddings.weight"),
+        same(f"{ours}positions.weight", f"{theirs}position_embeddings.weight"),
+        same(f"{ours}types.weight", f"{theirs}token_type_embeddings.weight"),
+        *both(f"{ours}embed_norm", f"{theirs}LayerNorm"),
+    ]
 
 
 def bert_config(settings: Mapping[str, Any]) -> TransformerConfig:

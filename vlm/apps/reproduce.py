@@ -1,0 +1,72 @@
+"""``vlm reproduce``: papers' ablations in miniature, each one resumable command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm.apps.common import Device, write_text
+
+app = typer.Typer(help="Repeat a paper's ablation in miniature.", no_args_is_help=True)
+
+Seeds = Annotated[str, typer.Option(help="Seeds joined by commas; at least three for an interval that says much.")]
+Table = Annotated[
+    Path | None, typer.Option("--table", help="Also write the results as FILE.json and FILE.md, without an ending.")
+]
+
+
+@app.callback()
+def _group() -> None:
+    """Repeat a paper's ablation in miniature."""
+
+
+@app.command()
+def albef(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")] = (
+        Path("runs/reproduce-albef")
+    ),
+    seeds: Seeds = "0,1,2",
+    noise: Annotated[str, typer.Option(help="Shares of shuffled captions, joined by commas.")] = "0,0.2,0.4",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 300,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    table: Table = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """ITM + MLM; + ITC; + hard negatives; + MoD, each with shuffled captions (ALBEF, table 1)."""
+    import torch
+
+    from vlm.tasks.reproduce.albef import reproduce_albef
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if threads:
+        torch.set_num_threads(threads)
+    results, text = reproduce_albef(
+        out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], noise=_numbers(noise, "--noise"),
+        steps=steps, precision=precision, device=device,
+    )  # fmt: skip
+    _finish(results, text, table)
+
+
+def _finish(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
+    typer.echo(text)
+    if table is not None:
+        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), "results": results}
+        write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))
+        write_text(text, table.with_name(table.name + ".md"))
+
+
+def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
+    from vlm.errors import ConfigError
+
+    try:
+        return [int(part) if whole else float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        expected = "whole numbers" if whole else "numbers"
+        raise ConfigError(f"{option} {text!r}: expected {expected} joined by commas, such as 0,1,2") from error

@@ -1,0 +1,118 @@
+"""A grid of runs: every cell with every seed, each run resumable, each result kept in a file of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import ConfigError, DataError
+from vlm.files import write_text
+from vlm.tasks.metrics import mean_interval
+from vlm.train.config import load_config, named_config
+from vlm.train.distributed import ranks
+from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
+
+logger = logging.getLogger("vlm.reproduce")
+
+RESULT = "result.json"
+Measure = Callable[[Path], dict[str, float]]
+"""The folder of a finished run to its figures, shares from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of what is compared."""
+
+    row: str
+    """What stands in the table's first column."""
+    column: str
+    """Which group of columns."""
+    changes: tuple[str, ...]
+    """Overrides of the recipe, such as ``train.teacher.alpha=0``."""
+
+    @property
+    def folder(self) -> str:
+        """Name of its runs' folders, before the seed."""
+        plain = "".join(letter if letter.isalnum() else "-" for letter in f"{self.row} {self.column}".lower())
+        return "-".join(part for part in plain.split("-") if part)
+
+
+def run_grid(
+    stage: str,
+    cells: Sequence[Cell],
+    *,
+    seeds: Sequence[int],
+    recipe: Sequence[str],
+    out: Path,
+    measure: Measure,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Train and measure every cell with every seed, seed by seed, so that an early stop leaves whole tables.
+
+    A run that is finished isn't made again, one that was broken off goes on from its checkpoint. Checkpoints of
+    finished runs are dropped. recipe: overrides of the stage's `tiny` configuration that all cells share.
+    Returns the results so far. Raises ConfigError when a result in `out` was made by another recipe.
+    """
+    found: list[dict[str, Any]] = []
+    total = len(cells) * len(seeds)
+    for seed in seeds:
+        for cell in cells:
+            run = out / f"{cell.folder}-seed-{seed}"
+            settings = [*recipe, *cell.changes, f"train.seed={seed}"]
+            result = _finished(run, settings)
+            if result is None:
+                logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
+                _train(stage, run, settings, device)
+                result = {"row": cell.row, "column": cell.column, "seed": seed, "settings": settings}
+                result |= {"figures": measure(run)}
+                write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            found.append(result)
+    return found
+
+
+def _finished(run: Path, settings: list[str]) -> dict[str, Any] | None:
+    path = run / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if result["settings"] != settings:
+        raise ConfigError(f"{run}: was made with other settings ({result['settings']}); choose another --out")
+    return result
+
+
+def _train(stage: str, run: Path, settings: list[str], device: str) -> None:
+    with ranks(device) as here:
+        resume = (run / "config.yaml").is_file()
+        config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), settings)
+        if resume and read_run_config(stage, run) != config:
+            raise ConfigError(f"{run}: was begun with other settings; choose another --out, or delete this folder")
+        train_stage(config, run, here, resume=resume, progress=False)
+
+
+def as_table(results: Sequence[dict[str, Any]], measures: dict[str, str]) -> str:
+    """A Markdown table: a line a cell, the mean over seeds in per cent with its 95 % interval (Student's t).
+
+    measures: the figures to show, and how their columns are called.
+    """
+    cells = dict.fromkeys((result["row"], result["column"]) for result in results)
+    lines = ["| " + " | ".join(["setting", "data", "seeds", *measures.values()]) + " |"]
+    lines.append("|" + "---|" * (3 + len(measures)))
+    for row, column in cells:
+        mine = [result["figures"] for result in results if (result["row"], result["column"]) == (row, column)]
+        shown = []
+        for name in measures:
+            values = [100 * figures[name] for figures in mine if name in figures]
+            shown.append(_shown(values) if values else "-")
+        lines.append("| " + " | ".join([row, column, str(len(mine)), *shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(values: list[float]) -> str:
+    mean, low, high = mean_interval(values)
+    return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
