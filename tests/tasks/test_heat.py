@@ -33,7 +33,7 @@ def mean_pooled() -> VisionLanguageModel:
 
 def test_methods_by_what_the_model_is() -> None:
     assert methods(fused_model()) == ["grad-cam", "relevance", "rollout"]
-    assert methods(pair_model()) == ["plan"]
+    assert methods(pair_model()) == ["plan", "relevance"]
     assert methods(random_model()) == ["relevance", "rollout"]
     assert methods(mean_pooled()) == ["cam", "relevance", "rollout"]
     assert choose_method(mean_pooled(), "rollout") == "rollout"
@@ -116,6 +116,34 @@ def test_cam_adds_up_to_the_cosine() -> None:
     torch.testing.assert_close((texts @ patches.T).mean(dim=1) / patches.mean(dim=0).norm(), cosine)
     expected = (texts @ patches.T).clamp(min=0).reshape(2, 2, 2)
     torch.testing.assert_close(heat(model, pixels, tokens, method="cam"), expected)
+
+
+def test_the_plan_is_weighed_by_likeness() -> None:
+    """The plan alone gives every patch the same over all words, so that it points nowhere."""
+    model = pair_model()
+    network: Any = model.network
+    pixels, tokens = model.pixels(noise(1)), model.tokens(TEXT_OF)
+    plan = network.word_patch_plan(pixels, tokens)[0, :, 1:]
+    torch.testing.assert_close(plan.sum(dim=0), torch.full((4,), 0.25), rtol=1e-3, atol=1e-4)
+    fused = network.fuse(pixels, tokens)
+    cosine = torch.nn.functional.cosine_similarity(fused.words[0, :, None], fused.patches[0, None, 1:], dim=-1)
+    expected = (plan * cosine.clamp(min=0)).reshape(-1, 2, 2)
+    torch.testing.assert_close(heat(model, pixels, tokens, method="plan"), expected)
+    assert expected.sum(dim=0).std() > 1e-3
+
+
+def test_joint_relevance_is_of_each_text_alone() -> None:
+    model = pair_model()
+    network: Any = model.network
+    pixels, before = model.pixels(noise(1)), model.network.match(model.pixels(noise(1)), model.tokens("red"))
+    with task._self_attention(block.attn for block in network.image.trunk.blocks) as maps:
+        inside = network.match(pixels, model.tokens("red"))
+    torch.testing.assert_close(inside, before, rtol=1e-5, atol=1e-6)
+    assert maps[0].shape == (1, 2, 3 + 5, 3 + 5)
+    both = heat(model, pixels, model.tokens(["red", TEXT_OF]), method="relevance")
+    alone = heat(model, pixels, model.tokens(["red"]), method="relevance")
+    torch.testing.assert_close(both[0], alone[0], rtol=1e-4, atol=1e-7)
+    assert (both >= 0).all() and not torch.allclose(both[0], both[1])
 
 
 def test_rollout_by_hand() -> None:

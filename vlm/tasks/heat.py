@@ -1,15 +1,17 @@
 """Where a model looked: heat of each patch, by what the model's parts can tell. Tensors in, tensors out.
 
 ``grad-cam``: cross-attention times its gradient (ALBEF §4.6, figure 4). ``plan``: the word-patch transport plan
-(ViLT, figure 4). ``cam``: the cosine split into what each patch adds (arXiv 1512.04150), exact where the image's
+(ViLT, figure 4) times the cosine of word and patch; the plan alone gives every patch the same mass over all words, and
+a lone word's is even. ``cam``: the cosine split into what each patch adds (arXiv 1512.04150), exact where the image's
 feature is the mean of its patches, and for no other. ``rollout``: attention multiplied through an image encoder's
 layers (arXiv 2005.00928); it knows nothing of the text, so it is the same for all. ``relevance``: rollout with each
-attention weighted by its gradient towards the cosine with the text (arXiv 2103.15679).
+attention weighted by its gradient towards the cosine with the text, or towards the matched logit where words and
+patches share the layers (arXiv 2103.15679).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from vlm.errors import ConfigError, MissingVerbError, nearest
 from vlm.models.transformer import Attention
+from vlm.objectives.wpa import cosine_cost
 from vlm.weights.loaded import VisionLanguageModel
 
 METHODS = ("grad-cam", "plan", "cam", "relevance", "rollout")
@@ -36,7 +39,7 @@ def methods(model: VisionLanguageModel) -> list[str]:
         "grad-cam": hasattr(network, "match_states") and hasattr(network, "text"),
         "plan": hasattr(network, "word_patch_plan"),
         "cam": encodes and network.config.image_pool == "mean",
-        "relevance": encodes,
+        "relevance": encodes or _joint(network),
         "rollout": encodes,
     }
     return [name for name in METHODS if can[name]]
@@ -86,10 +89,11 @@ def heat(
     if method == "grad-cam":
         found = grad_cam(network, pixels, tokens, layer=layer)  # (L, N)
     elif method == "plan":
-        with torch.no_grad():
-            found = network.word_patch_plan(pixels, tokens)[0]  # (L, N)
+        found = weighed_plan(network, pixels, tokens)  # (L, N)
     elif method == "cam":
         found = patch_shares(network, pixels, tokens)  # (T, N)
+    elif _joint(network):
+        found = joint_relevance(network, pixels, tokens)  # (T, N)
     else:
         found = rollout(network, pixels, tokens if method == "relevance" else None)  # (T or 1, N)
         found = found.expand(len(tokens["input_ids"]), -1)
@@ -111,6 +115,25 @@ def grad_cam(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor], *, laye
         logits = network.match_states(text.states, text.mask, network.image_keys_values(image))  # (1, 2)
         (gradient,) = torch.autograd.grad(logits[:, MATCHED].sum(), maps)  # (1, H, L, N)
     return (maps[0].detach() * gradient.clamp(min=0))[0].mean(dim=0)
+
+
+@torch.no_grad()
+def weighed_plan(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+    """(L, N): how much of each word goes to each patch, times their cosine, what is negative left out."""
+    fused = network.fuse(pixels, tokens)
+    similarity = 1 - cosine_cost(fused.words, fused.patches)  # (1, L, N)
+    return (network.word_patch_plan(pixels, tokens) * similarity.clamp(min=0))[0]
+
+
+def joint_relevance(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
+    """(T, N): what the first word, from which a pair is judged, takes from each patch (2103.15679 eq. 5 and 6)."""
+    found = []
+    for ids, real in zip(tokens["input_ids"], tokens["attention_mask"].bool(), strict=True):
+        alone = {"input_ids": ids[real][None], "attention_mask": real[real][None]}
+        with torch.enable_grad(), _self_attention(block.attn for block in network.image.trunk.blocks) as maps:
+            gradients = torch.autograd.grad(network.match(pixels, alone)[:, MATCHED].sum(), maps)
+        found.append(_flow(maps, gradients)[:, 0, int(real.sum()) :])
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -137,10 +160,20 @@ def rollout(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor] | None = 
         found = []
         for similarity in (image @ texts.T)[0]:
             gradients = torch.autograd.grad(similarity, maps, retain_graph=True)
-            pairs = zip(maps, gradients, strict=True)
-            steps = [(one.detach() * slope).clamp(min=0).mean(dim=1) + _eye(one) for one, slope in pairs]
-            found.append(_pooled(network, _product(steps) - _eye(maps[0])))
+            found.append(_pooled(network, _flow(maps, gradients)))
     return torch.cat(found)
+
+
+def _joint(network: Any) -> bool:
+    """Whether words and patches share the image encoder's layers."""
+    return hasattr(network, "word_patch_plan") and not hasattr(network, "encode_image")
+
+
+def _flow(maps: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """(1, N, N) through all layers, the residual's own share left out."""
+    pairs = zip(maps, gradients, strict=True)
+    steps = [(one.detach() * slope).clamp(min=0).mean(dim=1) + _eye(one) for one, slope in pairs]
+    return _product(steps) - _eye(maps[0])
 
 
 def _product(steps: list[Tensor]) -> Tensor:

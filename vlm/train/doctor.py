@@ -74,9 +74,9 @@ class Run:
         return max((int(line["step"]) for line in self.lines), default=0)
 
     @property
-    def early(self) -> bool:
-        """Whether the run is too young for a verdict on what it learns."""
-        return self.step < max(200, 2 * int(self.setting("warmup", 0)))
+    def level(self) -> Literal["wrong", "watch"]:
+        """Of a sign that may pass: a run is too young for a verdict on what it learns while it warms up."""
+        return "watch" if self.step < max(200, 2 * int(self.setting("warmup", 0))) else "wrong"
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -110,7 +110,7 @@ def _rising(run: Run) -> Finding | None:
     # Half of what was gained is lost again, by more than the noise of a mean.
     if end > low + max(0.5 * (start - low), 0.02 * abs(start)):
         evidence = f"loss {start:.3f} at first, {low:.3f} at its lowest, {end:.3f} at the end"
-        return Finding("wrong", "loss rising", evidence, "lower train.optim.lr or train.optim.clip_norm, and resume")
+        return Finding(run.level, "loss rising", evidence, "lower train.optim.lr or train.optim.clip_norm, and resume")
     return None
 
 
@@ -127,7 +127,7 @@ def _itm_at_chance(run: Run) -> Finding | None:
     evidence = f"itm {loss:.4f} in the last quarter, chance {chance:.4f} ({matched:.2f} of the pairs match)"
     evidence += "" if accuracy is None else f"; accuracy {accuracy:.3f}, always 'unmatched' gives {1 - matched:.3f}"
     advice = "start from a trained CLIP stage, raise train.optim.lr, and check that captions belong to their pictures"
-    return Finding("watch" if run.early else "wrong", "itm at chance", evidence, advice)
+    return Finding(run.level, "itm at chance", evidence, advice)
 
 
 def _itc_at_chance(run: Run) -> Finding | None:
@@ -143,7 +143,7 @@ def _itc_at_chance(run: Run) -> Finding | None:
         if abs(loss - chance) < NEAR * chance and (count == batch + queue or flat):
             evidence = f"itc {loss:.4f} in the last quarter, ln({name}) = ln({count}) = {chance:.4f}"
             advice = "features are all alike: lower train.optim.lr or lengthen its warm-up; look at the captions"
-            return Finding("watch" if run.early else "wrong", "itc at chance", evidence, advice)
+            return Finding(run.level, "itc at chance", evidence, advice)
     return None
 
 
@@ -201,7 +201,7 @@ def _clipped(run: Run) -> Finding | None:
         return None
     evidence = f"gradients are {median(late):.1f} long in the second half, clipped to {bound:g} on nearly every line"
     return Finding(
-        "wrong",
+        run.level,
         "gradient always clipped",
         evidence,
         "lower train.optim.lr; raise train.optim.clip_norm if the loss falls well",
