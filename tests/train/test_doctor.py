@@ -142,5 +142,10 @@ def test_unfinished() -> None:
     assert names(replace(run, planned=2000)) == ["wrong: unfinished"]
 
 
+def test_moderate_clipping_is_only_watched() -> None:
+    assert names(made(lambda s, d: {"gradient_norm": 15.0})) == ["watch: gradient always clipped"]
+    assert names(made(lambda s, d: {"gradient_norm": 8.0})) == []
+
+
 def test_nothing_written() -> None:
     assert names(Run([{"kind": "evaluate", "step": 1, "recall": 0.1}])) == ["wrong: nothing trained"]
