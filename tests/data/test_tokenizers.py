@@ -175,3 +175,31 @@ def test_load_errors_say_what_is_wrong(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(DataError, match=r"config\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_tokenizer_json_of_transformers_is_read(pieces, tmp_path):
+    from transformers import BertTokenizer
+
+    BertTokenizer(vocab=str(ASSETS)).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.txt").exists()
+    found = wordpiece(tmp_path / "tokenizer.json", max_length=pieces.max_length)
+    assert found.to_dict() == pieces.to_dict()
+    assert found.engine.get_vocab() == pieces.engine.get_vocab()
+
+
+def test_another_kind_of_tokenizer_json_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    vocab = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    cases = [
+        {"model": {"type": "BPE", "vocab": vocab}, "normalizer": {"lowercase": True}},
+        {"model": {"type": "WordPiece", "vocab": vocab}, "normalizer": {"lowercase": False}},
+        {"model": {"type": "WordPiece", "vocab": vocab | {"[MASK]": 7}}, "normalizer": {"lowercase": True}},
+    ]
+    for settings_of in cases:
+        path.write_text(json.dumps(settings_of))
+        with pytest.raises(DataError, match=r"tokenizer\.json: expected an uncased WordPiece"):
+            wordpiece(path)
+    for content in ("{", "[]", "{}"):
+        path.write_text(content)
+        with pytest.raises(DataError, match="not a tokenizer's file"):
+            wordpiece(path)

@@ -198,6 +198,8 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
         (["--resume"], ConfigError, "no run to resume"),
         (["--resume", "--config", "tiny"], ConfigError, "drop --config and --start"),
         (["--start", "/no/such/model", *SMALL], WeightsError, "nothing to start from"),
+        (["--threads", "-1"], SystemExit, "2"),
+        (["--device", "meta"], ConfigError, "can't compute on it here"),
         (["--device", "tpu"], ConfigError, "expected auto, cpu, cuda"),
         (["model.text.vocab_size=100"], ConfigError, r"model\.text\.vocab_size is 100"),
     ],

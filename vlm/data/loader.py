@@ -19,7 +19,7 @@ from vlm.data.images import decode_image
 from vlm.data.samples import caption_id, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import ImageTransform
+from vlm.data.transforms import ImageTransform, pad_pictures
 from vlm.errors import ConfigError, DataError, check_least
 
 logger = logging.getLogger("vlm.data")
@@ -184,13 +184,15 @@ def _collate(
 ) -> Batch:
     ids = [[stable_id(row.concept), caption_id(row.text)] for row in rows]
     limit = min(max_length or tokenizer.max_length, tokenizer.max_length)
+    pixels, pixel_mask = pad_pictures([row.pixels for row in rows])
     return Batch(
-        torch.stack([row.pixels for row in rows]),
+        pixels,
         tokenizer([row.text for row in rows], max_length=limit),
         torch.tensor(ids, dtype=torch.int64),
         tuple(row.key for row in rows),
         consumed,
         tuple(skipped),
+        pixel_mask=pixel_mask,
     )
 
 

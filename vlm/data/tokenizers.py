@@ -145,12 +145,13 @@ class _Backed:
 def wordpiece(vocab: Path | str | None = None, *, max_length: int = 64) -> Tokenizer:
     """BERT's uncased WordPiece: [CLS] text [SEP].
 
-    vocab: a vocab.txt, one token a line; default: bert-base-uncased's, which ships with the package.
-    max_length: cut for calls that give none, [CLS] and [SEP] counted.
-    Raises DataError when the file is missing or has no special tokens.
+    vocab: a vocab.txt, one token a line, or a tokenizer.json of ``tokenizers``; default: bert-base-uncased's,
+    which ships with the package. max_length: cut for calls that give none, [CLS] and [SEP] counted.
+    Raises DataError when the file is missing, has no special tokens or is of another kind.
     """
     path = Path(vocab) if vocab is not None else ASSETS
-    return _wordpiece(_read(path), max_length, str(path))
+    content = _read(path) if path.suffix != ".json" else _words_of_json(path)
+    return _wordpiece(content, max_length, str(path))
 
 
 def clip_bpe(merges: Path | str | None = None, *, max_length: int = 77) -> Tokenizer:
@@ -248,6 +249,20 @@ def _wordpiece(content: bytes, max_length: int, name: str) -> Tokenizer:
         files={"vocab.txt": content},
         digest=hashlib.sha256(content).hexdigest(),
     )
+
+
+def _words_of_json(path: Path) -> bytes:
+    """The vocab.txt of a tokenizer.json."""
+    try:
+        settings = json.loads(_read(path))
+        kind, vocab = settings["model"]["type"], settings["model"]["vocab"]
+        lowercase = (settings.get("normalizer") or {}).get("lowercase")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a tokenizer's file ({error!r})") from error
+    words = sorted(vocab, key=vocab.__getitem__) if kind == "WordPiece" else []
+    if not (words and lowercase) or [vocab[word] for word in words] != list(range(len(words))):
+        raise DataError(f"{path}: expected an uncased WordPiece with ids from 0 on, found {kind}, {lowercase=}")
+    return ("\n".join(words) + "\n").encode("utf-8")
 
 
 def _clip(content: bytes, max_length: int) -> Tokenizer:

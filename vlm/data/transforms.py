@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,17 +17,17 @@ from vlm.errors import ConfigError, nearest
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Resize = Literal["squash", "crop", "pad"]
+Resize = Literal["squash", "crop", "pad", "fit"]
 Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Picture (RGB, any size) to a float32 tensor (3, size, size)."""
+    """Picture (RGB, any size) to a float32 tensor (3, size, size), or of its own shape with `fit`."""
 
     size: int
-    """Side of the square that the model sees, in pixels."""
+    """Side of the square that the model sees, in pixels; with `fit` the shorter side, at most."""
 
     mean: tuple[float, float, float] = CLIP_MEAN
     """Subtracted from each channel after scaling to [0, 1]."""
@@ -36,14 +37,22 @@ class ImageTransform:
 
     resize: Resize = "squash"
     """squash: both sides to `size`, whatever the shape; crop: the shorter side to `size`, then the centre
-    (open_clip, CLIP); pad: the longer side to `size`, then white margins."""
+    (open_clip, CLIP); pad: the longer side to `size`, then white margins; fit: the shorter side to `size`
+    unless the longer one would pass 1333 / 800 of it, then both cut down to multiples of `multiple` (ViLT §4.1).
+    Only fit gives pictures of different shape, for a model that takes a pixel mask."""
 
     interpolation: Interpolation = "bicubic"
     """Filter of the resize, antialiased."""
 
+    multiple: int = 32
+    """What both sides are multiples of with `fit`; the model's patches must divide it."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or not 1 <= self.size <= 8192:
             raise ConfigError(f"size of the picture must be a whole number from 1 to 8192, got {self.size!r}")
+        most = self.size if self.resize == "fit" else 8192
+        if not isinstance(self.multiple, int) or not 1 <= self.multiple <= most:
+            raise ConfigError(f"multiple must be a whole number from 1 to {most}, got {self.multiple!r}")
         for name, value, options in (
             ("resize", self.resize, get_args(Resize)),
             ("interpolation", self.interpolation, get_args(Interpolation)),
@@ -57,17 +66,19 @@ class ImageTransform:
             object.__setattr__(self, name, tuple(float(value) for value in values))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The tensor (3, size, size) that the model sees."""
+        """The tensor (3, size, size), with `fit` (3, H, W), that the model sees."""
         return self.normalise(self.fit(image))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Resize to (size, size), still a picture."""
+        """Resize to (size, size), or as `fit` says, still a picture."""
         if image.mode != "RGB":
             image = image.convert("RGB")
         size, (width, height) = self.size, image.size
-        if (width, height) == (size, size):
+        if (width, height) == (size, size) and self.resize != "fit":
             return image
         kind = _FILTERS[self.interpolation]
+        if self.resize == "fit":
+            return image.resize(_fitted(width, height, size, self.multiple), kind)
         if self.resize == "squash":
             return image.resize((size, size), kind)
         if self.resize == "crop":
@@ -107,6 +118,33 @@ class ImageTransform:
             raise ConfigError("the picture transform needs the setting 'size'")
         given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
         return cls(**given)
+
+
+def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Join pictures (3, h, w) into one tensor (B, 3, H, W), with zeros at the right and at the bottom.
+
+    Returns it with (B, H, W) booleans, true on pixels that aren't padding; None when all have one size.
+    """
+    sizes = [tuple(picture.shape[1:]) for picture in pictures]
+    if len(set(sizes)) == 1:
+        return torch.stack(list(pictures)), None
+    high, wide = (max(sides) for sides in zip(*sizes, strict=True))
+    joined = pictures[0].new_zeros(len(pictures), 3, high, wide)
+    mask = torch.zeros(len(pictures), high, wide, dtype=torch.bool, device=joined.device)
+    for row, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
+        joined[row, :, :h, :w], mask[row, :h, :w] = picture, True
+    return joined, mask
+
+
+def _fitted(width: int, height: int, size: int, multiple: int) -> tuple[int, int]:
+    """ViLT's sides: as large as fits, rounded to pixels, then cut down to multiples, at least one."""
+    scale = size / min(width, height)
+    longest = int(1333 / 800 * size)
+    sides = [scale * width, scale * height]
+    if max(sides) > longest:
+        sides = [side * (longest / max(sides)) for side in sides]
+    wide, high = (max(multiple, int(side + 0.5) // multiple * multiple) for side in sides)
+    return wide, high
 
 
 def _crop(image: Image.Image, size: int, kind: Image.Resampling) -> Image.Image:

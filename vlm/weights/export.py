@@ -1,8 +1,7 @@
-"""Our CLIP as other libraries read it: a ``transformers`` CLIPModel folder, or an open_clip one."""
+"""Our models as other libraries read them: a ``transformers`` folder, or for CLIP an open_clip one."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors.torch import save_file
 
 from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
-from vlm.weights.files import CONFIG, WEIGHTS, write_model
+from vlm.weights.files import CONFIG, WEIGHTS, write_json, write_model
 from vlm.weights.from_hf import activation_name
 from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
 from vlm.weights.loaded import VisionLanguageModel
@@ -18,18 +17,22 @@ from vlm.weights.rules import to_theirs
 
 
 def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
-    """Write a folder that ``transformers.CLIPModel`` and ``CLIPProcessor`` read.
+    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's own classes.
 
-    Raises WeightsError when CLIPModel can't hold the network, saying why, or the folder can't be written.
+    Raises WeightsError when they can't hold the network, saying why, or the folder can't be written.
     """
+    if model.family == "vilt":
+        from vlm.weights.vilt import export_hf_vilt
+
+        return export_hf_vilt(model, Path(folder))
     network = _exportable(model, "transformers' CLIPModel")
     config = network.config
     tensors = to_theirs(network.state_dict(), hf_clip_rules(config))
 
     def fill(target: Path) -> None:
         save_file({name: value.cpu() for name, value in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
-        _write_json(target / CONFIG, _hf_config(config))
-        _write_json(target / "preprocessor_config.json", _hf_preprocessor(model))
+        write_json(target / CONFIG, _hf_config(config))
+        write_json(target / "preprocessor_config.json", _hf_preprocessor(model))
         _save_hf_tokenizer(model, target)
 
     write_model(Path(folder), fill)
@@ -52,6 +55,8 @@ def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
     tensors = to_theirs(network.state_dict(), open_clip_rules(config))
     transform = model.transform
     modes = {"crop": "shortest", "squash": "squash", "pad": "longest"}
+    if transform.resize not in modes:
+        raise WeightsError(f"{model.name}: open_clip's preprocessing can't {transform.resize}; squash, crop or pad")
     preprocess = {
         "mean": list(transform.mean), "std": list(transform.std), "interpolation": transform.interpolation,
         "resize_mode": modes[transform.resize], "fill_color": 255 if transform.resize == "pad" else 0,
@@ -59,7 +64,7 @@ def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
 
     def fill(target: Path) -> None:
         save_file({name: value.cpu() for name, value in tensors.items()}, target / "open_clip_model.safetensors")
-        _write_json(
+        write_json(
             target / "open_clip_config.json",
             {"model_cfg": _open_clip_config(config), "preprocess_cfg": preprocess},
         )
@@ -72,7 +77,9 @@ def _exportable(model: VisionLanguageModel, target: str) -> Clip:
     """The network, if the published CLIP's classes can hold it."""
     network = model.network
     if not isinstance(network, Clip):
-        raise WeightsError(f"{model.name}: runs on open_clip's own towers, so there is nothing of ours to export")
+        own = model.family != "open_clip"
+        reason = f"it is a {model.family} model" if own else "on open_clip's own towers there is nothing of ours"
+        raise WeightsError(f"{model.name} can't be written as {target}: {reason}")
     config, wrong = network.config, []
     text, image = config.text, config.image
     checks = {
@@ -116,8 +123,8 @@ def _hf_config(config: ClipConfig) -> dict[str, Any]:
 def _hf_preprocessor(model: VisionLanguageModel) -> dict[str, Any]:
     transform = model.transform
     side, crop = transform.size, transform.resize == "crop"
-    if transform.resize == "pad":
-        raise WeightsError(f"{model.name}: transformers' CLIP preprocessing can't pad with white; squash or crop")
+    if transform.resize not in ("squash", "crop"):
+        raise WeightsError(f"{model.name}: transformers' CLIP preprocessing can't {transform.resize}; squash or crop")
     return {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": crop,
         "size": {"shortest_edge": side} if crop else {"height": side, "width": side},
@@ -130,7 +137,7 @@ def _hf_preprocessor(model: VisionLanguageModel) -> dict[str, Any]:
 def _save_hf_tokenizer(model: VisionLanguageModel, folder: Path) -> None:
     """vocab.json and merges.txt are the tokenizer's own."""
     model.tokenizer.save(folder)
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
@@ -159,7 +166,3 @@ def _open_clip_config(config: ClipConfig) -> dict[str, Any]:
             "heads": text.heads, "layers": text.layers, "mlp_ratio": text.mlp_width / text.width,
         },
     }  # fmt: skip
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

@@ -21,6 +21,7 @@ from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
 
 
 class Configured(Protocol):
@@ -70,6 +71,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
     return named
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder as ``transformers`` writes it, in one file or in shards.
+
+    Raises WeightsError when there are none or a file can't be read.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+    for name in (WEIGHTS, TORCH_WEIGHTS):
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or {TORCH_WEIGHTS}")
 
 
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
@@ -128,7 +143,7 @@ def save_model(
         (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)
         tokenizer.save(temporary)
         (temporary / CARD).write_text(card or f"# {name}\n\nA {family} model written by vlm.\n", "utf-8")
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+        write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
 
@@ -152,3 +167,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, as one file of a folder that `write_model` fills."""
+    path.write_text(json.dumps(values, indent=1) + "\n", "utf-8")

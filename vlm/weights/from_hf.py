@@ -1,8 +1,7 @@
-"""CLIP from Hugging Face: a repo id, or a folder as ``transformers`` writes it."""
+"""Models from Hugging Face: a repo id, or a folder as ``transformers`` writes it; CLIP's own part."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,19 @@ from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.files import CONFIG, INDEX, WEIGHTS, assign, read_json, read_weights
 from vlm.weights.keymaps.clip import HF_LEFT_OUT, hf_clip_rules
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.rules import to_ours
 
 ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
-INDEX = "model.safetensors.index.json"
 
 
 def load_hub(repo: str) -> VisionLanguageModel:
-    """A Hugging Face repo's CLIP, fetched once into the hub's own cache.
+    """A Hugging Face repo's model, fetched once into the hub's own cache.
 
-    Raises WeightsError when it can't be fetched or isn't a CLIP.
+    Raises WeightsError when it can't be fetched or is none of our stages.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -45,15 +43,21 @@ def load_hub(repo: str) -> VisionLanguageModel:
 
 
 def load_hf_folder(folder: Path, *, name: str = "") -> VisionLanguageModel:
-    """A folder with transformers' config.json and weights. Raises WeightsError when it isn't a CLIP ViT."""
+    """A folder with transformers' config.json and weights. Raises WeightsError when it's none of our stages."""
     settings = read_json(folder / CONFIG)
     family = settings.get("model_type")
+    if family == "vilt":
+        from vlm.weights.vilt import load_hf_vilt
+
+        return load_hf_vilt(folder, settings, name or folder.name)
     if family != "clip":
-        raise WeightsError(f"{name or folder}: model_type is {family!r}, expected 'clip' (other stages come later)")
+        raise WeightsError(f"{name or folder}: model_type is {family!r}, expected 'clip' or 'vilt'")
     config = hf_clip_config(settings)
     network = Clip(config)
     where = name or str(folder)
-    assign(network, to_ours(_tensors(folder), hf_clip_rules(config), where=where, left_out=HF_LEFT_OUT), where=where)
+    assign(
+        network, to_ours(read_weights(folder), hf_clip_rules(config), where=where, left_out=HF_LEFT_OUT), where=where
+    )
     return VisionLanguageModel(
         network, _tokenizer(folder, config), _transform(folder, config), name=name or folder.name, family="clip"
     )
@@ -83,16 +87,6 @@ def hf_clip_config(settings: Mapping[str, Any]) -> ClipConfig:
         embed_dim=full.projection_dim,
         text_pool="eot",
     )  # fmt: skip
-
-
-def _tensors(folder: Path) -> dict[str, Any]:
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-        return {key: value for name in names for key, value in read_tensors(folder / name).items()}
-    for name in (WEIGHTS, "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return read_tensors(folder / name)
-    raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or pytorch_model.bin")
 
 
 def _tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:

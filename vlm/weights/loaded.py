@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from vlm.data.batch import Tokens
 from vlm.data.images import load_image
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import ImageTransform
-from vlm.errors import MissingVerbError, VlmError
+from vlm.data.transforms import ImageTransform, pad_pictures
+from vlm.errors import DataError, MissingVerbError, VlmError
 from vlm.weights.files import save_model
 
 STAGES = {
@@ -39,11 +39,23 @@ class VisionLanguageModel:
     def pixels(self, images: Any) -> Tensor:
         """Preprocess pictures: one or several of path, PIL image, array (H, W, 3) or bytes.
 
-        Returns (B, 3, H, W) on the model's device and in its type. Raises DataError naming a bad picture.
+        Returns (B, 3, H, W) on the model's device and in its type. Raises DataError naming a bad picture, or
+        where pictures come out in different sizes, which need a mask.
+        """
+        joined, mask = self.padded(images)
+        if mask is not None:
+            raise DataError(f"{self.name} sees these pictures in different sizes: use padded(), which gives a mask")
+        return joined
+
+    def padded(self, images: Any) -> tuple[Tensor, Tensor | None]:
+        """Like `pixels`, for pictures that may come out in different sizes (ViLT).
+
+        Returns (B, 3, H, W), smaller pictures padded at the right and at the bottom, and the `pixel_mask` for
+        the verbs: (B, H, W), true on pixels that aren't padding; None when there is none.
         """
         listed = list(images) if isinstance(images, list | tuple) else [images]
-        stacked = torch.stack([self.transform(load_image(image)) for image in listed])
-        return stacked.to(self.device, self.dtype)
+        joined, mask = pad_pictures([self.transform(load_image(image)) for image in listed])
+        return joined.to(self.device, self.dtype), None if mask is None else mask.to(self.device)
 
     def tokens(self, texts: str | Iterable[str]) -> Tokens:
         """Ids and mask (B, L) of one or several texts, on the model's device."""

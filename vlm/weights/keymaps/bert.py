@@ -16,13 +16,7 @@ LEFT_OUT = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*", r"cls\
 
 def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
     """Rules for a text transformer of this shape; `prefix` stands before their names."""
-    embeddings = f"{prefix}embeddings"
-    rules = [
-        same("tokens.weight", f"{embeddings}.word_embeddings.weight"),
-        same("positions.weight", f"{embeddings}.position_embeddings.weight"),
-        same("types.weight", f"{embeddings}.token_type_embeddings.weight"),
-        *both("embed_norm", f"{embeddings}.LayerNorm"),
-    ]
+    rules = embedding_rules("", f"{prefix}embeddings.")
     for i in range(config.layers):
         ours, theirs = f"layers.{i}", f"{prefix}encoder.layer.{i}"
         attention = f"{theirs}.attention.self"
@@ -57,6 +51,16 @@ def _cross_attention(ours: str, theirs: str) -> list[Rule]:
         kv = tuple(f"{theirs}.self.{name}.{end}" for name in ("key", "value"))
         rules.append(Rule((f"{ours}.cross_attn.kv.{end}",), kv, (1,), (1, 1)))
     return rules
+
+
+def embedding_rules(ours: str, theirs: str) -> list[Rule]:
+    """Rules for words, positions, token types and their norm; both prefixes with their dots."""
+    return [
+        same(f"{ours}tokens.weight", f"{theirs}word_embeddings.weight"),
+        same(f"{ours}positions.weight", f"{theirs}position_embeddings.weight"),
+        same(f"{ours}types.weight", f"{theirs}token_type_embeddings.weight"),
+        *both(f"{ours}embed_norm", f"{theirs}LayerNorm"),
+    ]
 
 
 def bert_config(settings: Mapping[str, Any]) -> TransformerConfig:

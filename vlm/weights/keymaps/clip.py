@@ -51,7 +51,7 @@ def hf_clip_rules(config: ClipConfig) -> list[Rule]:
         Rule(("log_scale",), ("logit_scale",), shape=(1,), their_shape=()),
     ]
     for i in range(config.image.layers):
-        rules += _image_layer(i, HF.image_layer.format(i), HF)
+        rules += image_layer(i, HF.image_layer.format(i), HF)
     for i in range(config.text.layers):
         rules += _text_layer(i, HF.text_layer.format(i), HF)
     return rules
@@ -72,7 +72,7 @@ def open_clip_rules(config: ClipConfig, *, text_prefix: str = "") -> list[Rule]:
         Rule(("log_scale",), ("logit_scale",), shape=(1,), their_shape=()),
     ]
     for i in range(config.image.layers):
-        rules += _image_layer(i, OPEN_CLIP.image_layer.format(i), OPEN_CLIP)
+        rules += image_layer(i, OPEN_CLIP.image_layer.format(i), OPEN_CLIP)
     for i in range(config.text.layers):
         rules += _text_layer(i, OPEN_CLIP.text_layer.format(text_prefix, i), OPEN_CLIP)
     return rules
@@ -87,7 +87,8 @@ def _image_ends(config: ClipConfig, class_name: str, position_name: str) -> list
     ]
 
 
-def _image_layer(number: int, theirs: str, names: Names) -> list[Rule]:
+def image_layer(number: int, theirs: str, names: Names) -> list[Rule]:
+    """Rules for layer `number` of our image encoder, which they call `theirs`."""
     ours = f"image.trunk.blocks.{number}"
     rules = [
         Rule(

@@ -1,0 +1,74 @@
+"""ViLT started from the stage before it, and fine-tuned heads from a pre-trained ViLT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.small_vilt import IMAGE, SMALL, build, pictures
+from tests.weights.made import scrambled
+from vlm.data.tokenizers import wordpiece
+from vlm.data.transforms import ImageTransform
+from vlm.errors import WeightsError
+from vlm.models.clip import Clip, ClipConfig
+from vlm.models.transformer import TransformerConfig
+from vlm.models.vilt import Vilt
+from vlm.weights.files import save_model
+from vlm.weights.start import start_from
+
+
+def clip_folder(folder: Path, **image: bool | int) -> Clip:
+    text = TransformerConfig(vocab_size=30522, context_length=12, width=16, layers=1, heads=2, mlp_width=16)
+    network = scrambled(Clip(ClipConfig(replace(IMAGE, **image), text, embed_dim=16)))
+    save_model(network, wordpiece(max_length=12), ImageTransform(24), folder, name="clip")  # type: ignore[arg-type]
+    return network  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_the_image_encoder_of_a_clip(tmp_path: Path, pre_norm: bool) -> None:
+    clip = clip_folder(tmp_path / "clip", pre_norm=pre_norm)
+    network = build(replace(SMALL, image=replace(IMAGE, pre_norm=pre_norm)))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    start_from(network, str(tmp_path / "clip"))
+    for name, value in network.state_dict().items():
+        own = clip.state_dict()[name] if name.startswith("image.") else before[name]
+        assert torch.equal(value, own), name
+    pixels = pictures(2)
+    with torch.no_grad():
+        alone = network.image.run(*network.image.embed(pixels))
+        torch.testing.assert_close(alone, clip.image(pixels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            {"pre_norm": True},
+            r"1 missing: image\.trunk\.patch_embed\.proj\.bias\n.*2 unexpected: image\.trunk\.norm_pre",
+        ),
+        ({"image_size": 32}, r"1 of the wrong shape: image\.trunk\.pos_embed \(1, 17, 32\), expected \(1, 10, 32\)"),
+        ({"layers": 3}, r"12 unexpected: image\.trunk\.blocks\.2"),
+    ],
+)
+def test_a_clip_of_another_shape_is_refused(tmp_path: Path, image: dict[str, int], message: str) -> None:
+    clip_folder(tmp_path / "clip", **image)
+    network = build()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        start_from(network, str(tmp_path / "clip"))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_fine_tuned_heads_start_from_pre_training(tmp_path: Path) -> None:
+    config = replace(SMALL, vocab_size=30522)
+    first = build(config)
+    save_model(first, wordpiece(max_length=12), ImageTransform(24), tmp_path / "m", name="m", family="vilt")
+    network = Vilt(replace(config, heads=("vqa", "nlvr2"), answers=("yes", "no")))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    start_from(network, str(tmp_path / "m"))
+    new = ("vqa.", "nlvr2.", "second_image")
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith(new) else first.state_dict()[name]), name
