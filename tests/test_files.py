@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,32 @@ def test_a_full_disk_keeps_the_file_that_was_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"file: can't be written \(No space left on device\); do this"):
         write_file(path, full, advice="; do this")
     assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "through")
+        assert os.read(reading, 100) == b"through"
+    finally:
+        os.close(reading)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no /dev/full")
+def test_a_device_that_is_full() -> None:
+    with pytest.raises(DataError, match=r"/dev/full: can't be written \(No space left on device\)"):
+        write_text(Path("/dev/full"), "x")
+    assert Path("/dev/full").is_char_device()
 
 
 def test_a_text_of_any_characters(tmp_path: Path) -> None:

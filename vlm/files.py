@@ -21,20 +21,32 @@ def write_file(
     """Call `write` on a temporary file beside `path`, then rename it; nothing is left behind on failure.
 
     Returns what `write` returned. Raises `error`, with `advice` behind it, when the folder can't be written or
-    the disk is full; what stood there stays.
+    the disk is full; what stood there stays. What `path` links to is replaced, not the link; a device or a pipe,
+    such as ``/dev/stdout``, is written into.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
+    if path.exists() and not path.is_file():
+        return _write_into(path, write, error, advice)
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".tmp-{path.name}-{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("x+b") as file:
             result = write(file)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         return result
     except OSError as problem:
         raise error(f"{path}: can't be written ({problem.strerror or problem}){advice}") from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _write_into(path: Path, write: Callable[[BinaryIO], Result], error: type[VlmError], advice: str) -> Result:
+    try:
+        with path.open("wb") as file:
+            return write(file)
+    except OSError as problem:
+        raise error(f"{path}: can't be written ({problem.strerror or problem}){advice}") from problem
 
 
 def write_text(path: Path, text: str, *, error: type[VlmError] = DataError, advice: str = "") -> None:

@@ -152,7 +152,8 @@ def test_a_name_of_odd_bytes(classify: Run, pictures: Path, tmp_path: Path) -> N
         (("-l", "a", "--templates", "{} {}"), "{} once"),
         (("-l", "a", "--templates", "binary.txt"), "UTF-8"),
         (("-l", "a", "-o", "."), "is a folder"),
-        (("-l", "a", "-o", "empty.txt/x"), "can't be written"),
+        (("-l", "a", "-o", "empty.txt/x"), "empty.txt is no folder that you may write in"),
+        (("", "-l", "a"), "path is empty"),
     ],
 )
 def test_bad_options(
@@ -183,6 +184,10 @@ def test_no_such_model(run: Run, pictures: Path) -> None:
     assert done.code == 2 and "tiny-klip" in done.err and "open_clip:ARCH/TAG" in done.err
 
 
-def test_no_such_device(run: Run, model: str, pictures: Path) -> None:
-    done = run("classify", pictures, "-l", "a,b", "--model", model, "--device", "gpu9")
-    assert done.code == 2 and "device" in done.err
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu9", "expected auto, cpu, cuda or cuda:N"), ("meta", "can't compute on it here"), ("cuda:99", "GPU")],
+)
+def test_no_such_device(run: Run, model: str, pictures: Path, device: str, message: str) -> None:
+    done = run("classify", pictures, "-l", "a,b", "--model", model, "--device", device)
+    assert done.code == 2 and f"device '{device}'" in done.err and message in done.err

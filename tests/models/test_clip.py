@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.models.small import key_mask, words
 from vlm.errors import ConfigError
-from vlm.models.clip import Clip, ClipConfig, pool_text
+from vlm.models.clip import Clip, ClipConfig
+from vlm.models.common_space import pool_text
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 

@@ -68,6 +68,24 @@ def make_batches(here: Ranks, seen: list[int] | None = None, broken: int = -1):
     return batches
 
 
+class Cut(Exception):
+    """Ends a run in the middle."""
+
+
+def stops_after(batches, count):
+    """The batches, and `Cut` in place of the one after `count` of them."""
+    state = {"left": count}
+
+    def cut(epoch, skip):
+        for item in batches(epoch, skip):
+            if state["left"] == 0:
+                raise Cut
+            state["left"] -= 1
+            yield item
+
+    return cut
+
+
 def export(state: dict[str, torch.Tensor], folder: Path) -> None:
     folder.mkdir(parents=True)
     save_file(state, folder / "model.safetensors")

@@ -34,6 +34,8 @@ def test_yaml_and_overrides(tmp_path):
         ("data: [a]", "trian.seed=3", r"unknown key trian \(did you mean 'train'"),
         ("data: [a]", "train.seed", "expected section.key=value"),
         ("data: [a]", "train.seed=x", r"train\.seed = 'x': input should be a valid integer"),
+        ("data: [a]", "data=b", r"a\.yaml with data=b: wrong value\n  data = 'b': expected a list, such as \[a, b\]"),
+        ("train: {optim: 3}", None, r"train\.optim = 3: expected a section with keys"),
         ("train: {precision: fp8}", None, "'auto', 'fp32', 'bf16' or 'fp16'"),
         ("train: {log_every: 0}", None, r"train\.log_every must be at least 1, got 0"),
         ("train: {accumulate: 0}", None, r"train\.accumulate must be at least 1"),

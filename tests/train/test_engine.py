@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.small import ALONE, SAMPLES, batch, make_batches, network, order, spawn, trainer
+from tests.train.small import ALONE, SAMPLES, Cut, batch, make_batches, network, order, spawn, stops_after, trainer
 from vlm.errors import ConfigError, TrainingError
 from vlm.train.metrics import keep_until, read_metrics
 
@@ -53,23 +53,6 @@ def test_resume_gives_the_unbroken_runs_losses_and_weights(tmp_path):
         assert torch.equal(value, weights(resumed.network)[name]), name
     for name, value in whole.average.average.items():
         assert torch.equal(value, resumed.average.average[name]), name
-
-
-class Cut(Exception):
-    pass
-
-
-def stops_after(batches, count):
-    state = {"left": count}
-
-    def cut(epoch, skip):
-        for item in batches(epoch, skip):
-            if state["left"] == 0:
-                raise Cut
-            state["left"] -= 1
-            yield item
-
-    return cut
 
 
 @pytest.fixture(autouse=True)

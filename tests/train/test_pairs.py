@@ -12,12 +12,8 @@ import torch
 from torch import nn
 
 from tests.train.small import ALONE, batch, spawn
-from vlm.data.batch import Batch
-from vlm.models.albef import Albef, AlbefConfig
+from tests.train.small_pairs import STAGES, albef, hidden, vilt
 from vlm.models.stage import Taught, joint_loss
-from vlm.models.transformer import TransformerConfig
-from vlm.models.vilt import Vilt, ViltConfig
-from vlm.models.vit import ViTConfig
 from vlm.train.config import TeacherConfig
 from vlm.train.distributed import Ranks, spread, unwrapped
 from vlm.train.draws import uniform
@@ -25,33 +21,7 @@ from vlm.train.step import StepContext, backward
 from vlm.train.teacher import Teaching
 
 ROWS = list(range(11))  # odd, so that ranks and micro-batches have unequal rows
-IMAGE = ViTConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_width=64)
-TEXT = TransformerConfig(
-    vocab_size=50, context_length=12, width=32, layers=3, heads=2, mlp_width=64, cross_layers=(1, 2)
-)
 STEP = 7
-
-
-def vilt(**settings: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return Vilt(ViltConfig(IMAGE, vocab_size=50, context_length=12, **settings))
-
-
-def albef(**settings: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return Albef(AlbefConfig(IMAGE, TEXT, embed_dim=16, **settings))
-
-
-STAGES = {"vilt": vilt, "albef": albef}
-
-
-def hidden(numbers: list[int]) -> Batch:
-    """The rows with one or two tokens of each text to be guessed, at places that follow from their numbers."""
-    rows = batch(numbers)
-    ids = rows.tokens["input_ids"]
-    place = torch.arange(ids.shape[1])
-    chosen = (place[None] % 3 == torch.tensor(numbers)[:, None] % 3) & rows.tokens["attention_mask"]
-    return rows.with_masks(torch.where(chosen, 3, ids), torch.where(chosen, ids, -100))
 
 
 def teaching_of(model: nn.Module) -> Teaching:

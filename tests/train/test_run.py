@@ -20,7 +20,8 @@ from tests.train.small import ALONE, spawn
 from vlm.apps.cli import app
 from vlm.data.tokenizers import wordpiece
 from vlm.errors import ConfigError, DataError, TrainingError, WeightsError
-from vlm.models.clip import Clip, ClipConfig, pool_text
+from vlm.models.clip import Clip, ClipConfig
+from vlm.models.common_space import pool_text
 from vlm.models.transformer import TransformerConfig
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
@@ -197,6 +198,8 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
         (["--resume"], ConfigError, "no run to resume"),
         (["--resume", "--config", "tiny"], ConfigError, "drop --config and --start"),
         (["--start", "/no/such/model", *SMALL], WeightsError, "nothing to start from"),
+        (["--threads", "-1"], SystemExit, "2"),
+        (["--device", "meta"], ConfigError, "can't compute on it here"),
         (["--device", "tpu"], ConfigError, "expected auto, cpu, cuda"),
         (["model.text.vocab_size=100"], ConfigError, r"model\.text\.vocab_size is 100"),
     ],

@@ -166,6 +166,14 @@ def test_damaged_own_folder(tmp_path):
         vlm.load(tmp_path / "model")
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged(tmp_path):
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    newest.mkdir(parents=True)
+    (newest / "trainer.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"step-00000002.trainer\.json: can't be read"):
+        vlm.load(tmp_path)
+
+
 def test_unknown_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError, match=r"tiny-clop: no such model.*Shipped: .*open_clip:ARCH/TAG"):

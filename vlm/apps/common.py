@@ -28,14 +28,16 @@ LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="A file w
 
 def load_model(name: str, device: str) -> Any:
     """The model on its device."""
+    from vlm.train.distributed import pick_device
     from vlm.weights.load import load, shipped
 
+    place = None if device == "auto" else pick_device(device)
     if name == DEFAULT_MODEL and not Path(name).exists() and name not in shipped():
         raise WeightsError(
             f"{name} isn't in this checkout; train it with `vlm train clip --config tiny --out runs/{name}` and give "
             f"`--model runs/{name}`, or name another model (`vlm models` says which)"
         )
-    return load(name, device=None if device == "auto" else device)
+    return load(name, device=place)
 
 
 def read_labels(labels: str, labels_file: Path | None) -> list[str]:
@@ -53,7 +55,9 @@ def read_lines(path: Path, what: str) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the {what} can't be read, expected UTF-8 text with one a line") from error
+        raise DataError(
+            f"{path}: the {what} can't be read, expected UTF-8 text with one a line; save it as UTF-8"
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", "") or error
         raise DataError(f"{path}: the {what} can't be read ({reason})") from error
@@ -84,6 +88,8 @@ def find_pictures(places: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     for place in places:
+        if not place:
+            raise DataError("a picture's path is empty; give files, folders or globs, or - for a list")
         if place == "-":
             here = [line.strip() for line in sys.stdin if line.strip()]
             expected = "standard input: no paths there, expected one a line"
@@ -114,7 +120,12 @@ def write_text(text: str, output: Path | None) -> None:
 
 def check_output(output: Path | None, *, folder: bool = False) -> None:
     """Raises ConfigError when results could not be written there, before the work is done."""
-    if output is None or not output.exists():
+    if output is None:
+        return
+    if not output.exists():
+        above = next((parent for parent in output.absolute().parents if parent.exists()), output)
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(f"{output}: can't be written, since {above} is no folder that you may write in")
         return
     if folder and not output.is_dir():
         raise ConfigError(f"{output}: is a file, expected a folder to write into")

@@ -56,7 +56,7 @@ def _command(stage: str) -> Callable[..., None]:
         ] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-        threads: Annotated[int, typer.Option(help="CPU threads of torch; 0 for its own choice.")] = 0,
+        threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
     ) -> None:
         from vlm.errors import ConfigError
         from vlm.train.config import load_config, named_config

@@ -43,7 +43,10 @@ class ShardSource:
         pieces: list[tuple[int, ...]] = []
         for number, place in enumerate(places):
             tar, label = local_tar(place), shard_label(place)
-            index = index_shard(tar, label)
+            try:
+                index = index_shard(tar, label)
+            except ValueError as error:
+                raise DataError(f"{place}: not a tar archive, or its first bytes are damaged ({error})") from error
             self._paths.append(tar.path)
             self.problems.merge(index.problems)
             for row in index.rows:

@@ -14,6 +14,7 @@ from vlm.errors import DataError
 IMAGE_COLUMNS = ("image", "filepath", "file", "path", "file_name", "filename", "image_path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title")
 ADDRESS_COLUMNS = ("url", "image_url")
+END = "\0end of the table"
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
@@ -44,10 +45,20 @@ def table_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, 
 def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = iter(file)
     head = next(lines, "")
-    reader = csv.reader(itertools.chain([head], lines), delimiter=_delimiter(path, head))
+    # A quote that is never closed takes in all that follows, this last line too.
+    reader = csv.reader(itertools.chain([head], lines, [END]), delimiter=_delimiter(path, head))
     columns = [name.strip().lower() for name in next(reader, [])]
     image, _ = _columns(path, columns)
+    before = reader.line_num
     for row in reader:
+        if row == [END]:
+            return
+        if row and row[-1].endswith(END):
+            raise DataError(
+                f'{path}, row {before + 1}: a quote (") is opened and never closed, so that the rest of the file '
+                "would be one text; close it, or double it where it belongs to the text"
+            )
+        before = reader.line_num
         if row:
             values = dict(zip(columns, row, strict=False))
             yield reader.line_num, {**values, "image": values.get(image, "")}

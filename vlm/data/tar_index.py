@@ -39,7 +39,7 @@ class Index:
 def index_shard(tar: LocalTar, label: str) -> Index:
     """The index of a shard, from the cache when it is there; one sequential pass otherwise.
 
-    label: how problems call the shard. Raises DataError when the file isn't a tar at all.
+    label: how problems call the shard. Raises ValueError when the file isn't a tar at all.
     """
     stored = cache_dir() / "index" / f"{tar.identity[:40]}-{INDEX_VERSION}.json"
     try:
@@ -100,7 +100,7 @@ def _members(file: BinaryIO, label: str, problems: Problems) -> Iterator[tuple[s
             end = archive.offset  # where the next header would be
     except tarfile.ReadError as error:
         if not end:
-            raise DataError(f"{label}: not a tar archive, or its first bytes are damaged ({error})") from error
+            raise ValueError(str(error)) from error
         problems.add(damaged, f"{label} ({error})")
         return
     except (tarfile.TarError, ValueError, OverflowError) as error:

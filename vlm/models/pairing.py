@@ -76,7 +76,7 @@ def match_sums(logits: Tensor, partners: Mapping[str, Tensor]) -> dict[str, Tens
     matched[0] = True
     right = (logits.argmax(dim=-1) == matched.long()) & there
     loss = itm(logits.flatten(0, 1), matched.flatten(), there.flatten().float())
-    return {"itm": loss, "itm_accuracy": right.sum()}
+    return {"itm": loss, "itm_accuracy": right.sum().float()}
 
 
 def guess_sums(logits: Tensor, truth: Tensor, *, soft: Tensor | None, alpha: float) -> dict[str, Tensor]:
@@ -86,4 +86,4 @@ def guess_sums(logits: Tensor, truth: Tensor, *, soft: Tensor | None, alpha: flo
     Returns `mlm` and `mlm_accuracy`.
     """
     loss = mlm(logits, truth, soft=soft, alpha=alpha)
-    return {"mlm": loss, "mlm_accuracy": (logits.argmax(dim=-1) == truth).sum()}
+    return {"mlm": loss, "mlm_accuracy": (logits.argmax(dim=-1) == truth).sum().float()}

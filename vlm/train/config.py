@@ -14,6 +14,11 @@ import yaml
 from vlm.errors import ConfigError, check_least, nearest
 
 Config = TypeVar("Config")
+EXPECTED = {
+    "tuple_type": "expected a list, such as [a, b]",
+    "dataclass_type": "expected a section with keys of its own",
+}
+"""What is said of a wrong value instead of pydantic's words, which speak of Python's types."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,8 @@ def load_config(kind: type[Config], source: str | Path | Mapping[str, Any], over
     for override in overrides:
         _override(kind, values, override)
     _refuse_unknown(kind, values, where, "")
-    return build(kind, values, where)
+    changed = f" with {', '.join(overrides)}" if overrides else ""
+    return build(kind, values, where + changed)
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
@@ -141,9 +147,10 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {item['msg'].lower()}" for item in error.errors()
-        ]
+        lines = []
+        for item in error.errors():
+            reason = EXPECTED.get(item["type"], item["msg"].lower())
+            lines.append(f"  {'.'.join(map(str, item['loc']))} = {item['input']!r}: {reason}")
         raise ConfigError(f"{where}: wrong value\n" + "\n".join(lines)) from error
 
 

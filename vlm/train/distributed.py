@@ -79,7 +79,12 @@ def pick_device(device: str, local: int = 0) -> torch.device:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device {device!r}: torch finds no GPU here; use --device cpu")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
         return chosen if chosen.index is not None else torch.device("cuda", local)
+    other = torch.accelerator.current_accelerator()
+    if chosen.type != "cpu" and (other is None or chosen.type != other.type):
+        raise ConfigError(f"device {device!r}: torch can't compute on it here; expected auto, cpu, cuda or cuda:N")
     return chosen
 
 

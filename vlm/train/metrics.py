@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,28 @@ class Log:
         if not active:
             return
         keep_until(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._writer = _tensorboard(folder / "tensorboard", step)
+        with self._written():
+            self._file = self.path.open("ab", buffering=0)  # nothing is left to fail when it is closed
+            self._writer = _tensorboard(folder / "tensorboard", step)
         self._bar = tqdm(
             total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not progress, smoothing=0.05
         )
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """One line: its kind (``train``, ``evaluate``), the step, and the values."""
+        """One line: its kind (``train``, ``evaluate``), the step, and the values.
+
+        Raises TrainingError when it can't be written.
+        """
         if not self.active:
             return
         line = {"kind": kind, "step": step, "time": round(time.time(), 2), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        with self._written():
+            rest = (json.dumps(line) + "\n").encode("utf-8")
+            while rest:  # a disk that fills up takes a part first
+                rest = rest[self._file.write(rest) :]
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
         if kind != "train" or self._bar.disable:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             logger.info("step %d: %s: %s", step, kind, shown)
@@ -87,9 +94,20 @@ class Log:
         """Flush all of it."""
         if self.active:
             self._bar.close()
-            self._file.close()
-            if self._writer is not None:
-                self._writer.close()
+            with self._written():
+                self._file.close()
+                if self._writer is not None:
+                    self._writer.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: the figures can't be written ({error.strerror or error}); the checkpoints are intact. "
+                "Free space, then go on with --resume."
+            ) from error
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -26,6 +26,7 @@ from vlm.train.distributed import (
     gather_objects,
     gather_sizes,
     order,
+    reshard,
     sum_,
     synchronised,
 )
@@ -117,6 +118,9 @@ def backward(
     with synchronised(network, True, paired=paired):
         passes = [_encode(now, number, len(micros) == 1) for number in range(len(micros))]
     lessons = [_teach(now, number) for number in range(len(micros))]
+    if context.teaching is not None:
+        # FSDP2 would hold its whole parameters until a backward pass that never comes.
+        reshard(context.teaching.teacher.network)
     values, gradients, choice = _contrast(now, passes, lessons)
     if all(map(_finite, values.values())):
         back: Features = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def run_model(run: Path) -> Path | None:
     steps = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "trainer.json").is_file())
     if not steps:
         return None
-    best = json.loads((steps[-1] / "trainer.json").read_text("utf-8")).get("best_step", -1)
+    best = read_json(steps[-1] / "trainer.json").get("best_step", -1)
     chosen = run / "checkpoints" / f"step-{best:08d}"
     return (chosen if chosen in steps else steps[-1]) / "model"
 

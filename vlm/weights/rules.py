@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ def same(ours: str, theirs: str, *, transpose: bool = False) -> Rule:
 def both(ours: str, theirs: str) -> list[Rule]:
     """A renaming of a weight and its bias."""
     return [same(f"{ours}.{end}", f"{theirs}.{end}") for end in ("weight", "bias")]
+
+
+def within(part: str, rules: Iterable[Rule]) -> list[Rule]:
+    """Rules for a network in which what they describe is called `part`."""
+    return [replace(rule, ours=tuple(f"{part}.{name}" for name in rule.ours)) for rule in rules]
 
 
 def split_attention(ours: str, theirs: Sequence[str]) -> list[Rule]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.errors import WeightsError
-from vlm.models.transformer import TransformerConfig
+from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
+from vlm.weights.keymaps.stages import FRESH, text_layers
 from vlm.weights.rules import to_ours
 
 logger = logging.getLogger("vlm.weights")
@@ -78,18 +81,41 @@ def start_text(network: nn.Module, folder: Path) -> None:
 def start_parts(network: nn.Module, folder: Path) -> None:
     """Copy every part (a direct child or parameter) that a vlm model folder also has, each whole.
 
-    Raises WeightsError when no tower is shared, or a shared part has another shape.
+    The text tower's layers may differ in number, and its cross-attention begins afresh where the folder has
+    none: see `vlm.weights.keymaps.stages`. Raises WeightsError when no tower is shared, or a shared part has
+    another shape.
     """
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors = _same_depth(network, read_tensors(folder / WEIGHTS), where=str(folder))
     own = network.state_dict()
     theirs = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & theirs)
     if not set(parts) & set(TOWERS):
         raise WeightsError(f"{folder}: shares no tower with this network (it has {', '.join(sorted(theirs))})")
     chosen = {name: value for name, value in tensors.items() if name.split(".")[0] in parts}
-    rest = {name: value for name, value in own.items() if name.split(".")[0] not in parts}
-    assign(network, chosen | rest, where=str(folder / WEIGHTS))
+    rest = {name: value for name, value in own.items() if name.split(".")[0] not in parts or re.fullmatch(FRESH, name)}
+    assign(network, rest | chosen, where=str(folder / WEIGHTS))
     logger.info("%s start from %s", ", ".join(parts), folder)
+
+
+def _same_depth(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """The tensors of an earlier stage, its text layers numbered as the network's are."""
+    layer = re.compile(r"text\.layers\.(\d+)\.(.*)")
+    found = [(int(match[1]), match[2], name) for name in tensors if (match := layer.fullmatch(name))]
+    text = getattr(network, "text", None)
+    if not found or not isinstance(text, Transformer) or not text.config.cross_layers:
+        return dict(tensors)
+    try:
+        numbers = text_layers(1 + max(number for number, _, _ in found), text.config)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    rest = {name: value for name, value in tensors.items() if not layer.fullmatch(name)}
+    moved = {
+        f"text.layers.{ours}.{end}": tensors[name]
+        for ours, theirs in numbers.items()
+        for number, end, name in found
+        if number == theirs
+    }
+    return rest | moved
 
 
 def find_minilm() -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +197,35 @@ def test_blank_and_broken_pictures_are_refused(tmp_path):
     broken.write_text("<svg")
     with pytest.raises(DataError, match=r"b\.svg: the SVG can't be drawn"):
         render(broken)
+
+
+@pytest.mark.parametrize("package", [NOTO, CLIPART], ids=lambda package: package.client)
+def test_packages_unpack_in_a_folder_named_from_here(tmp_path, monkeypatch, package):
+    monkeypatch.chdir(tmp_path)
+    work = Path("deep/work")
+    work.mkdir(parents=True)
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        f"Package: {package.name}\nVersion: {package.version}\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    )
+    (tree / "a.txt").write_text("a")
+    if package.client == "npm":
+        with tarfile.open(work / f"{package.folder}.tgz", "w:gz") as tar:
+            tar.add(tree / "a.txt", "a.txt")
+    else:
+        if shutil.which("dpkg-deb") is None:
+            pytest.skip("no dpkg-deb here")
+        archive = work / f"{package.name}_{package.version}_all.deb"
+        subprocess.run(["dpkg-deb", "-b", str(tree), str(archive)], check=True, capture_output=True)
+    assert (fetch(package, work) / "a.txt").read_text() == "a"
+
+
+def test_a_download_that_was_cut_is_named(tmp_path):
+    archive = tmp_path / f"{NOTO.folder}.tgz"
+    archive.write_bytes(b"\x1f\x8b cut")
+    with pytest.raises(DataError, match=rf"{NOTO.folder}\.tgz: .*delete it"):
+        fetch(NOTO, tmp_path)
 
 
 def test_a_missing_client_says_what_to_install(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ def fetch(package: Package, work: Path) -> Path:
 
     Raises DataError when the client is missing or fails, saying what to install or to run.
     """
+    work = work.absolute()  # the clients run inside it
     unpacked = work / package.folder
     if unpacked.is_dir():
         return unpacked
@@ -83,8 +85,11 @@ def fetch(package: Package, work: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     if package.client == "npm":
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise DataError(f"{archive}: damaged or cut ({error}); delete it, and it is fetched again") from error
     else:
         _run(["dpkg-deb", "-x", str(archive), str(temporary)], work)
     temporary.rename(unpacked)

@@ -1,4 +1,7 @@
-"""BERT and MiniLM (``transformers`` BertModel): our post-norm text transformer with token types."""
+"""BERT and MiniLM (``transformers`` BertModel): our post-norm text transformer with token types.
+
+ALBEF and BLIP keep BERT's names, also those of a BERT with cross-attention.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,30 @@ def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
         rules += both(f"{ours}.mlp.text.up", f"{theirs}.intermediate.dense")
         rules += both(f"{ours}.mlp.text.down", f"{theirs}.output.dense")
         rules += both(f"{ours}.mlp_norm.text", f"{theirs}.output.LayerNorm")
+        if i in config.cross_layers:
+            rules += _cross_attention(ours, f"{theirs}.crossattention")
+    return rules
+
+
+def mlm_head_rules(ours: str, theirs: str) -> list[Rule]:
+    """Rules for BERT's head of masked language modelling, without its tied last matrix."""
+    return [
+        *both(f"{ours}.dense", f"{theirs}.transform.dense"),
+        *both(f"{ours}.norm", f"{theirs}.transform.LayerNorm"),
+        same(f"{ours}.bias", f"{theirs}.bias"),
+    ]
+
+
+def _cross_attention(ours: str, theirs: str) -> list[Rule]:
+    """Our kv is their key and value; the query has another width, so it stands alone."""
+    rules = [
+        *both(f"{ours}.cross_attn.q", f"{theirs}.self.query"),
+        *both(f"{ours}.cross_attn.out", f"{theirs}.output.dense"),
+        *both(f"{ours}.cross_norm", f"{theirs}.output.LayerNorm"),
+    ]
+    for end in ("weight", "bias"):
+        kv = tuple(f"{theirs}.self.{name}.{end}" for name in ("key", "value"))
+        rules.append(Rule((f"{ours}.cross_attn.kv.{end}",), kv, (1,), (1, 1)))
     return rules
 
 

@@ -1,0 +1,66 @@
+"""Small stages with pairs, rows with hidden tokens for them, and a run of ALBEF with its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.train.small import ALONE, batch, make_batches, trainer
+from vlm.data.batch import Batch
+from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.transformer import TransformerConfig
+from vlm.models.vilt import Vilt, ViltConfig
+from vlm.models.vit import ViTConfig
+from vlm.train.config import TeacherConfig
+from vlm.train.distributed import Ranks
+from vlm.train.engine import Trainer
+
+IMAGE = ViTConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_width=64)
+TEXT = TransformerConfig(
+    vocab_size=50, context_length=12, width=32, layers=3, heads=2, mlp_width=64, cross_layers=(1, 2)
+)
+
+
+def vilt(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Vilt(ViltConfig(IMAGE, vocab_size=50, context_length=12, **settings))
+
+
+def albef(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Albef(AlbefConfig(IMAGE, TEXT, embed_dim=16, **settings))
+
+
+STAGES = {"vilt": vilt, "albef": albef}
+
+
+def hidden(numbers: list[int]) -> Batch:
+    """The rows with one or two tokens of each text to be guessed, at places that follow from their numbers."""
+    rows = batch(numbers)
+    ids = rows.tokens["input_ids"]
+    place = torch.arange(ids.shape[1])
+    chosen = (place[None] % 3 == torch.tensor(numbers)[:, None] % 3) & rows.tokens["attention_mask"]
+    return rows.with_masks(torch.where(chosen, 3, ids), torch.where(chosen, ids, -100))
+
+
+def hidden_batches(here: Ranks = ALONE, broken: int = -1) -> Any:
+    """The small job's batches with hidden tokens; sample `broken` has pixels that aren't finite."""
+
+    def batches(epoch: int, skip: int) -> Iterator[Batch]:
+        for rows in make_batches(here, broken=broken)(epoch, skip):
+            numbers = [int(key.removeprefix("sample-")) for key in rows.keys]
+            masks = hidden(numbers)
+            yield rows.with_masks(masks.masked_ids, masks.labels)
+
+    return batches
+
+
+def albef_run(run: Path, here: Ranks = ALONE, *, job: dict | None = None, **settings: Any) -> Trainer:
+    """A run of ALBEF with teacher and queue."""
+    teacher = TeacherConfig(decay=0.9, queue=17, alpha=0.4, ramp=1.0)
+    made = {"network": albef(), "batches": hidden_batches(here), "width": 16} | (job or {})
+    return trainer(run, here, job=made, teacher=teacher, **settings)

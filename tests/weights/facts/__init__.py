@@ -1,0 +1,21 @@
+"""What is in published checkpoints at full size: names, types and shapes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+
+def official(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each tensor in the file ``NAME.json``; {a..b} and {,_m} are spelt out."""
+    listed = json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))["tensors"]
+    return {spelt: (kind, tuple(shape)) for short, (kind, *shape) in listed.items() for spelt in _spelt(short)}
+
+
+def _spelt(short: str) -> list[str]:
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|,(\w+))\}", short)
+    if match is None:
+        return [short]
+    choices = ["", match[3]] if match[3] else [str(i) for i in range(int(match[1]), int(match[2]) + 1)]
+    return [whole for choice in choices for whole in _spelt(short[: match.start()] + choice + short[match.end() :])]
