@@ -177,7 +177,7 @@ def pointing(
     model: Model = DEFAULT_MODEL,
     collages: Annotated[int, typer.Option(min=1, help="Collages of four pictures to play on.")] = 200,
     method: Method = "auto",
-    layer: Layer = 3,
+    layer: Layer = 0,
     control: Annotated[bool, typer.Option(help="Let the same architecture with random weights play too.")] = True,
     seed: Annotated[int, typer.Option(help="Draws the collages, the control's weights and the bootstrap.")] = 0,
     out: Out = None,

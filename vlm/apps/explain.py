@@ -13,7 +13,7 @@ Method = Annotated[
     str,
     typer.Option(help="grad-cam (ALBEF), plan (ViLT), cam, relevance or rollout (CLIP); auto for the model's best."),
 ]
-Layer = Annotated[int, typer.Option(min=1, help="Of the fusion layers, the first is 1, for grad-cam.")]
+Layer = Annotated[int, typer.Option(min=0, help="Of the fusion layers, from 1, for grad-cam; 0 for the middle one.")]
 
 
 def explain(
@@ -22,7 +22,7 @@ def explain(
     model: Model = DEFAULT_MODEL,
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")] = Path("explanation.png"),
     method: Method = "auto",
-    layer: Layer = 3,
+    layer: Layer = 0,
     device: Device = "auto",
 ) -> None:
     """Write a picture of where the model looks for a text and for each of its words."""

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlm.data.images import load_image
 from vlm.errors import ConfigError
-from vlm.tasks.heat import FUSION_LAYER, choose_method, heat
+from vlm.tasks.heat import MIDDLE, choose_method, heat
 from vlm.weights.loaded import VisionLanguageModel
 
 TILE, GAP, LABEL, COLUMNS = 224, 12, 22, 4
@@ -40,7 +40,7 @@ def explain(
     text: str,
     *,
     method: str = "auto",
-    layer: int = FUSION_LAYER,
+    layer: int = MIDDLE,
     words: bool = True,
 ) -> Explanation:
     """Heat of each word of a text, and of all of it, over a picture.

@@ -22,8 +22,8 @@ from vlm.weights.loaded import VisionLanguageModel
 
 METHODS = ("grad-cam", "plan", "cam", "relevance", "rollout")
 """In the order in which `choose_method` prefers them."""
-FUSION_LAYER = 3
-"""Of the fusion layers, from 1, whose cross-attention ALBEF's figures show."""
+MIDDLE = 0
+"""For the middle one of the fusion layers: the third of six, which ALBEF's figures show (§4.6)."""
 MATCHED = 1
 
 
@@ -66,7 +66,7 @@ def heat(
     tokens: Mapping[str, Tensor],
     *,
     method: str = "auto",
-    layer: int = FUSION_LAYER,
+    layer: int = MIDDLE,
 ) -> Tensor:
     """Heat of each patch for each token, or for each text as a whole.
 
@@ -75,7 +75,8 @@ def heat(
         pixels: (1, 3, H, W) of one picture.
         tokens: `input_ids` and `attention_mask`, each (1, L); for the methods behind `plan` (T, L).
         method: see `METHODS`.
-        layer: of the fusion layers, from 1, for `grad-cam`; the last one where there are fewer.
+        layer: of the fusion layers, from 1, for `grad-cam`; `MIDDLE` for the middle one. Behind the last one
+            words no longer meet, so that there only the first token has heat.
 
     Returns:
         (L, h, w) at least 0 for `grad-cam` and `plan`, a map of each token; (T, h, w) for the others, a map of
@@ -97,12 +98,14 @@ def heat(
     return found.detach().float()[:, 1:].unflatten(1, (rows, columns))  # [CLS] is no place
 
 
-def grad_cam(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor], *, layer: int = FUSION_LAYER) -> Tensor:
+def grad_cam(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor], *, layer: int = MIDDLE) -> Tensor:
     """(L, N): relu of the matched logit's gradient, times the cross-attention, meaned over heads."""
-    if layer < 1:
-        raise ConfigError(f"layer must be at least 1, the first fusion layer, got {layer}")
     crosses = [found.cross_attn for found in network.text.layers if found.cross_attn is not None]
-    chosen = crosses[min(layer, len(crosses)) - 1]
+    if not 0 <= layer <= len(crosses):
+        raise ConfigError(
+            f"layer {layer} doesn't exist; the fusion layers are 1 to {len(crosses)}, {MIDDLE} the middle"
+        )
+    chosen = crosses[(layer or (len(crosses) + 1) // 2) - 1]
     with torch.enable_grad(), _cross_attention(chosen) as maps:
         image, text = network.image_states(pixels).states, network.text_states(tokens)
         logits = network.match_states(text.states, text.mask, network.image_keys_values(image))  # (1, 2)

@@ -16,7 +16,7 @@ from PIL import Image
 from vlm.data.images import decode_image
 from vlm.errors import ConfigError, DataError
 from vlm.tasks.explain import explain
-from vlm.tasks.heat import FUSION_LAYER, choose_method
+from vlm.tasks.heat import MIDDLE, choose_method
 from vlm.tasks.metrics import Figure, bootstrap, share
 from vlm.weights.loaded import VisionLanguageModel
 
@@ -76,7 +76,7 @@ def evaluate_pointing(
     *,
     count: int = 200,
     method: str = "auto",
-    layer: int = FUSION_LAYER,
+    layer: int = MIDDLE,
     control: bool = True,
     seed: int = 0,
 ) -> PointingReport:
