@@ -131,6 +131,7 @@ class Service:
 
     async def classify(self, request: Request) -> dict[str, Any]:
         """The answer of ``/v1/classify``."""
+        self.batcher.check_room()
         clock = Clock()
         question = await read_question(request, self.config)
         request.scope["log"] |= {"pictures": len(question.images), "labels": len(question.labels)}
@@ -161,6 +162,7 @@ class Service:
 
     async def embed(self, request: Request) -> dict[str, Any]:
         """The answer of ``/v1/embed``."""
+        self.batcher.check_room()
         clock = Clock()
         images, texts = await read_embed(request, self.config)
         request.scope["log"] |= {"pictures": len(images), "texts": len(texts)}

@@ -30,7 +30,7 @@ class ServeConfig:
     host: Annotated[str, _option("Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1"
     port: Annotated[int, _option("Port to listen on; 0 for any free one.")] = 8000
     device: Annotated[str, _option("auto, cpu, cuda or cuda:N.")] = "auto"
-    templates: Annotated[str, _option("Templates of requests that name none; see vlm classify.")] = "auto"
+    templates: Annotated[str, _option("Templates of requests that name none; auto: open_clip's 7 for CLIP.")] = "auto"
     api_key: Annotated[str, _option("Key that requests must bring as 'Authorization: Bearer KEY'; empty for none.")] = (
         ""
     )
