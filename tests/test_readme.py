@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
 
+from tests.apps.serve.small import Process
 from vlm.train.config import load_config, named_config
 from vlm.train.run import run_kind
+from vlm.weights.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -37,9 +42,9 @@ def test_commands_are_understood(words: list[str]) -> None:
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     context = command.make_context(command.name, list(words))  # raises on an unknown option or a wrong value
-    if command.name == "clip":
-        settings = context.params["overrides"] or []
-        load_config(run_kind("clip"), named_config("clip", context.params["config"] or "tiny"), settings)
+    if command.name in FAMILIES:
+        settings, size = context.params["overrides"] or [], context.params["config"] or "tiny"
+        load_config(run_kind(command.name), named_config(command.name, size), settings)
 
 
 def test_there_are_commands_and_programs() -> None:
@@ -49,13 +54,38 @@ def test_there_are_commands_and_programs() -> None:
 def test_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     names: dict[str, object] = {}
-    for block in blocks("python")[:2]:  # the third loads from hubs
+    for block in blocks("python")[:2]:  # the third asks a service, the fourth loads from hubs
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split()[0] == "bicycle"
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"])
+def test_calls_of_the_service_run(tmp_path: Path) -> None:
+    process = Process("tiny-clip").wait_until_ready()
+    try:
+        here = process.url.removeprefix("http://")
+        curl = next(line for block in blocks("bash") for line in block.splitlines() if line.startswith("curl "))
+        (tmp_path / "ask.py").write_text(blocks("python")[2].replace("127.0.0.1:8000", here))
+        (tmp_path / "ask.mjs").write_text(blocks("javascript")[0].replace("127.0.0.1:8000", here))
+        commands = {
+            "curl": [*shlex.split(curl.replace("127.0.0.1:8000", here)), "-sS"],
+            sys.executable: [sys.executable, str(tmp_path / "ask.py")],
+            "node": ["node", str(tmp_path / "ask.mjs")],
+        }
+        ran = 0
+        for program, words in commands.items():
+            if shutil.which(program):  # Python always is there, so at least its example runs
+                done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+                assert done.returncode == 0 and "frog" in done.stdout, done.stderr
+                ran += 1
+        assert ran >= 1
+    finally:
+        process.end()
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-clip", "pointing-tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"]
+)
 def test_figures_are_those_of_the_result_files(name: str) -> None:
     results = ROOT / "benchmarks" / "results"
     values = json.loads((results / f"{name}.json").read_text("utf-8"))

@@ -64,6 +64,8 @@ def test_equal_sizes_need_no_mask() -> None:
     pictures = [torch.randn(3, 4, 6) for _ in range(3)]
     pixels, mask = pad_pictures(pictures)
     assert mask is None and torch.equal(pixels, torch.stack(pictures))
+    again, mask = pad_pictures(pictures, masked=True)
+    assert mask is not None and mask.all() and torch.equal(again, pixels)
 
 
 def test_multiple_is_checked() -> None:
@@ -92,3 +94,6 @@ def test_the_loader_pads_and_masks(monkeypatch: pytest.MonkeyPatch) -> None:
         for key, mask in zip(batch.keys, batch.pixel_mask, strict=True):
             high, wide = (16, 16) if int(key[1:]) % 2 else (24, 8)
             assert mask[:high, :wide].all() and mask.sum() == high * wide
+    # A micro-batch of pictures of one size has a mask too: its partners may come from another.
+    alike = list(evaluation_batches(Memory(8), batch_size=1, **options))  # type: ignore[arg-type]
+    assert all(batch.pixel_mask is not None and batch.pixel_mask.all() for batch in alike)

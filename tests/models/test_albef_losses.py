@@ -133,12 +133,15 @@ def test_hard_negatives_follow_similarity_and_random_ones_don_t() -> None:
     draws = torch.rand(2, rows * count, 1, generator=torch.Generator().manual_seed(3))
     everyone = {"image": image, "text": text, "log_scale": torch.tensor([1.5])}
     features = {name: value if name == "log_scale" else value.repeat(count, 1) for name, value in everyone.items()}
-    weights = (math.exp(1.5) * text @ image.T).softmax(dim=1).fill_diagonal_(0)
-    for negatives, expected in (("hard", weights), ("random", 1 - torch.eye(rows))):
+    similar = math.exp(1.5) * text @ image.T  # (texts, images)
+    hard = {"image": similar.softmax(dim=1), "text": similar.T.softmax(dim=1)}
+    for negatives in ("hard", "random"):
         model = build(replace(ALBEF, negatives=negatives, mlm_weight=0.0))  # type: ignore[arg-type]
         choice = model.choose(batch(1), features, everyone, **ids, draws=lambda kind, _: draws[int(kind == "text")])
-        drawn = F.one_hot(choice.partners["image"].reshape(count, rows), rows).float().mean(dim=0)
-        torch.testing.assert_close(drawn, expected / expected.sum(dim=1, keepdim=True), atol=0.03, rtol=0)
+        for kind, partners in choice.partners.items():
+            weights = (hard[kind] if negatives == "hard" else torch.ones(rows, rows)).fill_diagonal_(0)
+            drawn = F.one_hot(partners.reshape(count, rows), rows).float().mean(dim=0)
+            torch.testing.assert_close(drawn, weights / weights.sum(dim=1, keepdim=True), atol=0.03, rtol=0)
 
 
 def taught(model: Albef, some: Batch, alpha: float, queue: int = 3) -> tuple[Taught, dict[str, Tensor]]:
@@ -181,6 +184,21 @@ def test_the_share_mixes_both_targets() -> None:
         assert far(losses(0.0)[name], losses(1.0)[name])
     close(losses(0.0)["mlm"], joint_loss(student, some, draws=fixed(5))["mlm"])
     close(losses(0.3)["itm"], losses(1.0)["itm"])
+
+
+def test_rows_of_the_queue_that_share_an_id_are_positives() -> None:
+    """Without the teacher's share: the mean over a row's own pair and the second of the queue, by its caption."""
+    model, some = build(), batch(3)
+    features, _ = taught(model, some, 0.0)
+    ids = features.ids.clone()
+    ids[4, 1] = some.ids[0, 1]
+    own = model(some).features
+    found = model.contrast(own, own, row_ids=some.ids, ids=some.ids, taught=replace(features, ids=ids))["itc"]
+    expected = torch.zeros(())
+    for rows, columns in (("image", "text"), ("text", "image")):
+        logs = (own[rows] @ features.columns[columns].T / 0.07).log_softmax(dim=1)
+        expected = expected - 0.5 * (0.5 * (logs[0, 0] + logs[0, 4]) + logs[1, 1] + logs[2, 2]) / 3
+    close(found, expected)
 
 
 def test_teach_gives_the_hidden_tokens_in_order() -> None:

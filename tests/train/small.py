@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def stops_after(batches, count):
             yield item
 
     return cut
+
+
+def forget_last(run: Path, step: int) -> None:
+    """As after a kill between two checkpoints: the one after `step` is gone, and with it the model."""
+    for name in ("model", f"checkpoints/step-{step:08d}"):
+        shutil.rmtree(run / name)
 
 
 def export(state: dict[str, torch.Tensor], folder: Path) -> None:

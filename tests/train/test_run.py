@@ -9,14 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from typer.testing import CliRunner
 
 import vlm
-from tests.train.small import ALONE, spawn
+from tests.train.small import ALONE, forget_last, spawn
 from vlm.apps.cli import app
 from vlm.data.tokenizers import wordpiece
 from vlm.errors import ConfigError, DataError, TrainingError, WeightsError
@@ -37,31 +35,6 @@ SMALL = [
     "start=[]", "validation=[]", "loader.batch_size=8", "loader.workers=0", "train.steps=6", "train.log_every=1",
     "train.save_every=2", "train.optim.freeze=[]", "train.optim.lr_scale={}", "train.optim.warmup=2",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Sixteen pictures of four colours with texts beside them, one of them broken."""
-    root = tmp_path / "pictures"
-    root.mkdir()
-    colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 40, 220), "black": (10, 10, 10)}
-    for number in range(16):
-        name, colour = list(colours.items())[number % 4]
-        pixels = np.full((40, 30, 3), 255, np.uint8)
-        pixels[8:30, 5:20] = colour
-        Image.fromarray(pixels).save(root / f"{number:02d}.png")
-        (root / f"{number:02d}.txt").write_text(f"a {name} box number {number}\n{name}\n")
-    (root / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    (root / "broken.txt").write_text("never seen")
-    return root
 
 
 def settings(folder: Path, *more: str) -> RunConfig:
@@ -97,10 +70,7 @@ def test_resume_goes_on_with_the_same_losses_for_any_worker_count(folder, tmp_pa
     cut = tmp_path / "cut"
     train_stage(settings(folder, "train.save_every=3"), cut, ALONE, progress=False)
     # As after a kill between two checkpoints: the last one is gone, later metrics are there.
-    for name in ("model", "checkpoints/step-00000006"):
-        for path in sorted((cut / name).rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        (cut / name).rmdir()
+    forget_last(cut, 6)
     again = read_run_config("clip", cut, ["loader.workers=2"])
     train_stage(again, cut, ALONE, resume=True, progress=False)
     assert losses(cut) == losses(tmp_path / "whole")

@@ -10,6 +10,7 @@ from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
 from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.albef_heads import ClassifierConfig, Nlvr2, Vqa, VqaConfig, answer_decoder, two_image_text
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
@@ -73,6 +74,54 @@ def test_albef_goes_on_from_albef(tmp_path):
     save_model(network, wordpiece(max_length=24), ImageTransform(24), tmp_path / "model", name="small", family="albef")
     _, _, after = started(ALBEF, tmp_path / "model")
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in after.items())
+
+
+def albef_folder(folder, config=ALBEF):
+    network = scrambled(Albef(config))
+    save_model(network, wordpiece(max_length=24), ImageTransform(24), folder, name="small", family="albef")
+    return network.state_dict()
+
+
+def begun(network, folder):
+    """Tensors before and after a start."""
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    start_from(network, str(folder))
+    return before, network.state_dict()
+
+
+def test_two_images_start_from_each_fusion_layer_twice(tmp_path):
+    source = albef_folder(tmp_path / "model")
+    network = Nlvr2(ClassifierConfig(IMAGE, two_image_text(FUSED), "assignment"))
+    before, after = begun(network, tmp_path / "model")
+    origin = [0, 1, 2, 3, 3, 4, 4]
+    for name, value in after.items():
+        if name.startswith("text.layers."):
+            number, end = name.removeprefix("text.layers.").split(".", 1)
+            assert torch.equal(value, source[f"text.layers.{origin[int(number)]}.{end}"]), name
+        else:
+            assert torch.equal(value, source.get(name, before[name])), name
+    assert all(torch.equal(after[name], before[name]) for name in after if "assignment_head" in name)
+    save_model(network, wordpiece(max_length=24), ImageTransform(24), tmp_path / "ta", name="ta", family="albef-nlvr2")
+    fine = Nlvr2(ClassifierConfig(IMAGE, two_image_text(FUSED), "nlvr2"))
+    before, final = begun(fine, tmp_path / "ta")
+    assert all(torch.equal(value, after.get(name, before[name])) for name, value in final.items())
+
+
+@pytest.mark.parametrize("width", [24, 32])
+def test_the_answer_decoder_starts_from_the_fusion_layers(tmp_path, width):
+    """Cross-attention comes along only where question and image states are as wide as each other."""
+    fused = replace(FUSED, width=width, cross_width=24)
+    source = albef_folder(tmp_path / "model", replace(ALBEF, text=fused))
+    before, after = begun(Vqa(VqaConfig(IMAGE, fused, answer_decoder(fused))), tmp_path / "model")
+    for name, value in after.items():
+        theirs = name.replace("answer_head.", "mlm_head.")
+        if name.startswith("decoder.layers."):
+            number, end = name.removeprefix("decoder.layers.").split(".", 1)
+            theirs = f"text.layers.{int(number) + 3}.{end}"
+        elif name.startswith("decoder."):
+            theirs = name.replace("decoder.", "text.")
+        fresh = "cross_attn.kv.weight" in name and name.startswith("decoder.") and width != 24
+        assert torch.equal(value, before[name] if fresh else source[theirs]), name
 
 
 def test_layers_of_base():

@@ -193,11 +193,17 @@ class _Unreadable:
 
 
 def _collate(
-    rows: Sequence[_Row], tokenizer: Tokenizer, max_length: int, consumed: int, skipped: Sequence[str]
+    rows: Sequence[_Row],
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    max_length: int,
+    consumed: int,
+    skipped: Sequence[str],
 ) -> Batch:
     ids = [[stable_id(row.concept), caption_id(row.text)] for row in rows]
     limit = min(max_length or tokenizer.max_length, tokenizer.max_length)
-    pixels, pixel_mask = pad_pictures([row.pixels for row in rows])
+    # Ranks and micro-batches exchange pictures, so that all have a mask or none has.
+    pixels, pixel_mask = pad_pictures([row.pixels for row in rows], masked=transform.resize == "fit")
     return Batch(
         pixels,
         tokenizer([row.text for row in rows], max_length=limit),
@@ -239,7 +245,7 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
             return _Unreadable(tuple(skipped))
         spare = iter(readable * len(rows))
         filled = [row if row is not None else next(spare) for row in rows]
-        return _collate(filled, self.tokenizer, self.config.max_length, consumed, skipped)
+        return _collate(filled, self.tokenizer, self.transform, self.config.max_length, consumed, skipped)
 
     def _borrowed(self, batch: np.ndarray) -> list[_Row]:
         """The first readable row of the other ranks, in a list; their own loaders tell what they skipped."""
@@ -292,7 +298,7 @@ class _EvaluationBatches(Dataset[Batch | _Unreadable]):
             rows.append(_Row(sample.key, self.source.concepts[place], pixels, first_caption(sample.meta)))
         if not rows:
             return _Unreadable(tuple(skipped))
-        return _collate(rows, self.tokenizer, 0, self.work[number][-1] + 1, skipped)
+        return _collate(rows, self.tokenizer, self.transform, 0, self.work[number][-1] + 1, skipped)
 
 
 def _reported(loader: Iterable[Batch | _Unreadable], source: Source, *, training: bool) -> Iterator[Batch]:

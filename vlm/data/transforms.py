@@ -120,13 +120,14 @@ class ImageTransform:
         return cls(**given)
 
 
-def pad_pictures(pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def pad_pictures(pictures: Sequence[Tensor], *, masked: bool = False) -> tuple[Tensor, Tensor | None]:
     """Join pictures (3, h, w) into one tensor (B, 3, H, W), with zeros at the right and at the bottom.
 
-    Returns it with (B, H, W) booleans, true on pixels that aren't padding; None when all have one size.
+    masked: whether to give a mask even if all have one size, since others that they will meet may not.
+    Returns it with (B, H, W) booleans, true on pixels that aren't padding; None for no mask.
     """
     sizes = [tuple(picture.shape[1:]) for picture in pictures]
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 and not masked:
         return torch.stack(list(pictures)), None
     high, wide = (max(sides) for sides in zip(*sizes, strict=True))
     joined = pictures[0].new_zeros(len(pictures), 3, high, wide)

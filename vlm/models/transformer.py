@@ -49,6 +49,9 @@ class TransformerConfig:
     """Layers that look at image states after their self-attention."""
     cross_width: int = 0
     """Features of those image states; 0 for `width`."""
+    cross_shared: tuple[int, ...] = ()
+    """Those of `cross_layers` without keys and values of their own: they take what the layer before projects, of
+    another image (ALBEF's NLVR2, arXiv 2107.07651 §5)."""
     self_routes: tuple[str, ...] = ("text",)
     """Self-attentions of each layer; a call names the one it takes."""
     mlp_routes: tuple[str, ...] = ("text",)
@@ -120,16 +123,18 @@ def attention_mask(
 class Attention(nn.Module):
     """Multi-head attention; keys and values come from the queries' own place (self) or another (cross)."""
 
-    def __init__(self, width: int, heads: int, *, source_width: int = 0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, *, source_width: int = 0, dropout: float = 0.0, projects: bool = True
+    ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(source_width or width, 2 * width)
+        self.kv = nn.Linear(source_width or width, 2 * width) if projects else None
         self.out = nn.Linear(width, width)
 
     def keys_values(self, states: Tensor) -> KeyValues:
         """Project what is looked at, (B, S, D), once; every query that meets it can share the result."""
-        pair = self.kv(states).unflatten(-1, (2, self.heads, -1))  # (B, S, 2, H, D / H)
+        pair = cast(nn.Linear, self.kv)(states).unflatten(-1, (2, self.heads, -1))  # (B, S, 2, H, D / H)
         keys, values = pair.permute(2, 0, 3, 1, 4)  # each (B, H, S, D / H)
         return KeyValues(keys, values)
 
@@ -166,9 +171,11 @@ class Layer(nn.Module):
         self.self_norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.cross_attn: Attention | None = None
         if index in config.cross_layers:
-            self.cross_attn = Attention(width, config.heads, source_width=config.cross_width, dropout=drop)
+            source, own = config.cross_width, index not in config.cross_shared
+            self.cross_attn = Attention(width, config.heads, source_width=source, dropout=drop, projects=own)
             self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
-            self.cross_attn.kv.runs_alone = True  # type: ignore[assignment]  # in `image_states`, before its layer: sharding must know
+            if own:  # it runs in `image_states`, before its layer: sharding must know
+                self.cross_attn.kv.runs_alone = True  # type: ignore[assignment, union-attr]
         self.mlp = nn.ModuleDict({r: FeedForward(config) for r in config.mlp_routes})
         self.mlp_norm = nn.ModuleDict({r: nn.LayerNorm(width, eps=config.norm_eps) for r in config.mlp_routes})
         self.drop = nn.Dropout(drop)
@@ -252,7 +259,7 @@ class Transformer(nn.Module):
     def image_states(self, states: Tensor) -> list[KeyValues | None]:
         """Project image states (B, N, cross width) to keys and values, for each layer that looks at them."""
         crosses = (cast(Layer, layer).cross_attn for layer in self.layers)
-        return [None if cross is None else cross.keys_values(states) for cross in crosses]
+        return [None if cross is None or cross.kv is None else cross.keys_values(states) for cross in crosses]
 
     def forward(
         self,
@@ -322,6 +329,9 @@ def _check(config: TransformerConfig) -> None:
     outside = [i for i in config.cross_layers if not 0 <= i < config.layers]
     if outside:
         raise ConfigError(f"cross_layers {outside} don't exist; layers are numbered 0 to {config.layers - 1}")
+    alone = [i for i in config.cross_shared if {i - 1, i} - set(config.cross_layers) or i - 1 in config.cross_shared]
+    if alone:
+        raise ConfigError(f"cross_shared {alone}: each must be one of cross_layers, behind one that isn't shared")
     if not config.self_routes:
         raise ConfigError("self_routes is empty; name at least one self-attention, such as text")
     if "text" not in config.mlp_routes:

@@ -1,12 +1,13 @@
 """Momentum distillation (MoD, ALBEF, arXiv 2107.07651 §3.3): a slowly moving teacher softens the targets.
 
 Web texts describe their pictures loosely: another text may fit better than the row's own, and many words fit
-a gap. So part of each target is what a moving average of the network believes. `mlm` takes such a share too.
+a gap. So part of each target is what a moving average of the network believes.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.objectives.itc import positives
@@ -25,6 +26,25 @@ def soft_targets(taught: Tensor, positive: Tensor, alpha: float) -> Tensor:
     """
     known = positive.to(taught.dtype) / positive.sum(dim=1, keepdim=True)  # (b, C)
     return (1 - alpha) * known + alpha * taught.softmax(dim=1)
+
+
+def taught_cross_entropy(logits: Tensor, labels: Tensor, *, soft: Tensor | None, alpha: float) -> Tensor:
+    """Cross-entropy of classes or tokens against the label and a teacher's softmax (ALBEF §3.3, eq. 7).
+
+    Args:
+        logits: (M, V).
+        labels: (M,) ids.
+        soft: (M, V) the teacher's logits, or None.
+        alpha: share of the teacher's softmax in the target.
+
+    Returns:
+        (M,) losses.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    if soft is None or alpha == 0.0:
+        return losses
+    taught = -(soft.float().softmax(dim=-1) * logits.float().log_softmax(dim=-1)).sum(dim=-1)
+    return (1 - alpha) * losses + alpha * taught
 
 
 def itc_taught(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from vlm.objectives.distillation import taught_cross_entropy
 
 IGNORED = -100
 """Label of a token that isn't to be guessed."""
@@ -64,8 +65,4 @@ def mlm(logits: Tensor, labels: Tensor, *, soft: Tensor | None = None, alpha: fl
         soft: (M, V) the teacher's logits (ALBEF eq. 7), or None.
         alpha: share of the teacher's softmax in the target.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="sum")
-    if soft is None or alpha == 0.0:
-        return losses
-    taught = -(soft.float().softmax(dim=-1) * logits.float().log_softmax(dim=-1)).sum()
-    return (1 - alpha) * losses + alpha * taught
+    return taught_cross_entropy(logits, labels, soft=soft, alpha=alpha).sum()

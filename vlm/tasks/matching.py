@@ -55,8 +55,9 @@ def evaluate_matching(
         chosen = [int(rng.choice(other[row].nonzero().squeeze(1).numpy())) for row in rows]
         batch = batch.to(model.device)
         pixels = batch.pixels[rows].to(model.dtype)
+        masks = {} if batch.pixel_mask is None else {"pixel_mask": batch.pixel_mask[rows]}
         for scores, picked in ((own, rows), (foreign, torch.tensor(chosen))):
-            logits = model.match(pixels, batch.tokens.select(picked)).float()  # (b, 2)
+            logits = model.match(pixels, batch.tokens.select(picked), **masks).float()  # (b, 2)
             scores.append((logits[:, 1] - logits[:, 0]).cpu().numpy())
     if not own:
         raise DataError(f"{source.name}: no picture has a foreign text to be told from; give more samples")

@@ -15,7 +15,7 @@ from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.albef import load_albef_training
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
-from vlm.weights.keymaps.stages import FRESH, text_layers
+from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, text_layers
 from vlm.weights.load import shipped_folder
 from vlm.weights.rules import to_ours
 
@@ -95,7 +95,7 @@ def start_parts(network: nn.Module, folder: Path) -> None:
     none: see `vlm.weights.keymaps.stages`. Raises WeightsError when no tower is shared, or a shared part has
     another shape.
     """
-    tensors = _same_depth(network, read_tensors(folder / WEIGHTS), where=str(folder))
+    tensors = _as_ours(network, read_tensors(folder / WEIGHTS), where=str(folder))
     own = network.state_dict()
     theirs = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & theirs)
@@ -107,25 +107,26 @@ def start_parts(network: nn.Module, folder: Path) -> None:
     logger.info("%s start from %s", ", ".join(parts), folder)
 
 
-def _same_depth(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
-    """The tensors of an earlier stage, its text layers numbered as the network's are."""
-    layer = re.compile(r"text\.layers\.(\d+)\.(.*)")
-    found = [(int(match[1]), match[2], name) for name in tensors if (match := layer.fullmatch(name))]
+def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+    """The tensors of an earlier stage under the names that the network has for them."""
+    layer = re.compile(r"text\.layers\.(\d+)\..*")
+    found = [int(match[1]) for name in tensors if (match := layer.fullmatch(name))]
     text = getattr(network, "text", None)
     if not found or not isinstance(text, Transformer) or not text.config.cross_layers:
         return dict(tensors)
     try:
-        numbers = text_layers(1 + max(number for number, _, _ in found), text.config)
+        numbers = text_layers(1 + max(found), text.config)
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error
-    rest = {name: value for name, value in tensors.items() if not layer.fullmatch(name)}
-    moved = {
-        f"text.layers.{ours}.{end}": tensors[name]
-        for ours, theirs in numbers.items()
-        for number, end, name in found
-        if number == theirs
-    }
-    return rest | moved
+    names = layer_names(tensors, numbers, text.config)
+    out = {name: value for name, value in tensors.items() if not layer.fullmatch(name)}
+    decoder = getattr(network, "decoder", None)
+    if isinstance(decoder, Transformer) and not any(name.startswith("decoder.") for name in tensors):
+        names |= decoder_names(tensors, decoder.config, fusion_start=min(text.config.cross_layers))
+    out |= {ours: tensors[theirs] for ours, theirs in names.items()}
+    # What ALBEF looks at images with can't look at a question of another width: that begins afresh.
+    own = network.state_dict()
+    return {n: v for n, v in out.items() if not (re.fullmatch(FRESH, n) and n in own and own[n].shape != v.shape)}
 
 
 def find_minilm() -> Path:

@@ -54,7 +54,7 @@ logger = logging.getLogger("vlm.serve")
 T = TypeVar("T")
 Rows = list[list[float]]
 PAGE = Path(__file__).parent / "page"
-PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob:; connect-src 'self'"
+PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src blob: data:; connect-src 'self'"
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
@@ -99,6 +99,12 @@ class Service:
 
     async def warm_up(self) -> None:
         """Run both towers once, so that the first request finds them ready."""
+        try:
+            await self._run_once()
+        except Exception:
+            logger.exception("the model can't be run; /readyz will stay at 503")
+
+    async def _run_once(self) -> None:
         size = self.model.transform.size
         features = await self.batcher.images(torch.zeros(1, 3, size, size), lambda found: found)
         await self.batcher.texts(text_features(self.model, ["a picture"], batch_size=1))
@@ -125,6 +131,7 @@ class Service:
 
     async def classify(self, request: Request) -> dict[str, Any]:
         """The answer of ``/v1/classify``."""
+        self.batcher.check_room()
         clock = Clock()
         question = await read_question(request, self.config)
         request.scope["log"] |= {"pictures": len(question.images), "labels": len(question.labels)}
@@ -155,6 +162,7 @@ class Service:
 
     async def embed(self, request: Request) -> dict[str, Any]:
         """The answer of ``/v1/embed``."""
+        self.batcher.check_room()
         clock = Clock()
         images, texts = await read_embed(request, self.config)
         request.scope["log"] |= {"pictures": len(images), "texts": len(texts)}

@@ -69,12 +69,7 @@ class Batcher:
 
         Raises ApiError 429 when there is none, with the seconds after which one is likely.
         """
-        if self.accepted >= self.queue:
-            wait = max(1, math.ceil(self.accepted * self._seconds))
-            raise ApiError(
-                429, "queue_full", f"{self.accepted} requests are waiting; try again in {wait} s",
-                headers={"Retry-After": str(wait)},
-            )  # fmt: skip
+        self.check_room()
         self.accepted += 1
         self.metrics.queue_length.set(self.accepted)
         try:
@@ -82,6 +77,15 @@ class Batcher:
         finally:
             self.accepted -= 1
             self.metrics.queue_length.set(self.accepted)
+
+    def check_room(self) -> None:
+        """Raises ApiError 429 when the queue is full: asked before a body is read, it spares reading it."""
+        if self.accepted >= self.queue:
+            wait = max(1, math.ceil(self.accepted * self._seconds))
+            raise ApiError(
+                429, "queue_full", f"{self.accepted} requests are waiting; try again in {wait} s",
+                headers={"Retry-After": str(wait)},
+            )  # fmt: skip
 
     async def images(self, pixels: Tensor, then: Callable[[Tensor], Any]) -> Any:
         """`then` of the features (n, D) of preprocessed pictures (n, 3, H, W); it runs in the model's thread."""

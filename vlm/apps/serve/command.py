@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vlm.apps.common import load_model, read_templates
 from vlm.apps.serve.config import ServeConfig, with_options
 from vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlm.data.tokenizers import Tokenizer
+
+
+def default_templates(templates: str | list[str] | None, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Templates of requests that name none: with ``auto``, open_clip's ensemble for models that read as CLIP does.
+
+    Unlike a single run, a service computes a label set once and keeps it, so the ensemble costs nothing later. Its
+    short form is taken (7 sentences, nearly as good as the 80), since the first request of a set waits for it.
+    """
+    from vlm.tasks.templates import resolve_templates
+
+    automatic = templates in (None, "auto")
+    ensemble = automatic and getattr(tokenizer, "kind", "") != "wordpiece"
+    return resolve_templates("simple" if ensemble else templates, tokenizer)
 
 
 @with_options
@@ -18,10 +36,9 @@ def serve(config: ServeConfig) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"vlm serve needs {error.name}, which isn't installed: pip install 'vlm[serve]'") from error
     from vlm.apps.serve.app import create_app
-    from vlm.tasks.templates import resolve_templates
 
     templates = read_templates(config.templates)
     with listen(config.host, config.port) as place:
         model = load_model(config.model, config.device)
-        app = create_app(model, config, templates=resolve_templates(templates, model.tokenizer))
+        app = create_app(model, config, templates=default_templates(templates, model.tokenizer))
         run(app, config, place)

@@ -30,7 +30,7 @@ class ServeConfig:
     host: Annotated[str, _option("Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1"
     port: Annotated[int, _option("Port to listen on; 0 for any free one.")] = 8000
     device: Annotated[str, _option("auto, cpu, cuda or cuda:N.")] = "auto"
-    templates: Annotated[str, _option("Templates of requests that name none; see vlm classify.")] = "auto"
+    templates: Annotated[str, _option("Templates of requests that name none; auto: open_clip's 7 for CLIP.")] = "auto"
     api_key: Annotated[str, _option("Key that requests must bring as 'Authorization: Bearer KEY'; empty for none.")] = (
         ""
     )
@@ -43,7 +43,8 @@ class ServeConfig:
     queue: Annotated[int, _option("Requests accepted and not yet answered; more are told to come back (429).")] = 512
     batch_size: Annotated[int, _option("Most pictures (and texts) that run at once.")] = 32
     cached_labels: Annotated[int, _option("Labels whose features are kept, least recently used go first.")] = 50_000
-    body_timeout: Annotated[float, _option("Seconds in which a request must have arrived.")] = 30.0
+    head_timeout: Annotated[float, _option("Seconds in which a request's head must have arrived.")] = 15.0
+    body_timeout: Annotated[float, _option("Seconds in which a request's body must have arrived.")] = 30.0
     shutdown_timeout: Annotated[int, _option("Seconds in which accepted requests are answered at the end.")] = 30
 
     def __post_init__(self) -> None:
@@ -51,7 +52,8 @@ class ServeConfig:
             *("max_bytes", "max_pixels", "max_images", "max_labels", "max_label_length", "max_sentences"),
             *("queue", "batch_size", "shutdown_timeout"),
         )
-        check_least(self, "serve", dict.fromkeys(positive, 1) | {"port": 0, "cached_labels": 0, "body_timeout": 0.1})
+        check_least(self, "serve", dict.fromkeys(positive, 1) | {"port": 0, "cached_labels": 0})
+        check_least(self, "serve", {"head_timeout": 0.1, "body_timeout": 0.1})
         if self.port > 65535:
             raise ConfigError(f"serve.port must be at most 65535, got {self.port}")
         if any(ord(letter) < 33 or ord(letter) > 126 for letter in self.api_key):

@@ -88,7 +88,7 @@ class BodyLimits:
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_bytes:
+        if length.isdecimal() and int(length) > self.max_bytes:
             await error_response(Request(scope), self._too_long())(scope, receive, send)
             return
         deadline = time.monotonic() + self.seconds

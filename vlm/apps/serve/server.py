@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from functools import partial
 from typing import Any
 
 import typer
@@ -16,14 +17,15 @@ from vlm.apps.serve.config import ServeConfig
 from vlm.apps.serve.middleware import json_logging
 from vlm.errors import ConfigError
 
-HEAD_SECONDS = 15.0
-"""Longest time between a connection (or an answer on it) and the whole head of a request that has begun."""
-
 
 class HeadTimeout(HttpToolsProtocol):
     """uvicorn's protocol, which cuts a client that never finishes its request line and headers."""
 
-    _timer: asyncio.TimerHandle | None = None
+    def __init__(self, *given: Any, seconds: float, **more: Any) -> None:
+        """seconds: longest time between a connection (or a further request's first byte) and the end of its head."""
+        super().__init__(*given, **more)
+        self.seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a head."""
@@ -48,7 +50,7 @@ class HeadTimeout(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
-        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        self._timer = self.loop.call_later(self.seconds, self.transport.abort)
 
     def _stop_waiting(self) -> None:
         if self._timer is not None:
@@ -70,8 +72,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, config: ServeConfig, place: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM, then answer what was accepted and return."""
+    protocol: Any = partial(HeadTimeout, seconds=config.head_timeout)
     settings = uvicorn.Config(
-        app, http=HeadTimeout, ws="none", log_config=json_logging(), access_log=False, server_header=False,
+        app, http=protocol, ws="none", log_config=json_logging(), access_log=False, server_header=False,
         timeout_graceful_shutdown=config.shutdown_timeout, timeout_keep_alive=75,
     )  # fmt: skip
     host, port = place.getsockname()[:2]

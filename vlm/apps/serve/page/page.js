@@ -8,11 +8,16 @@ function say(text) {
   at("message").textContent = text;
 }
 
+function refuse(text) {
+  at("found").hidden = true; // the last picture's bars aren't this one's
+  at("spoken").textContent = "";
+  say(text);
+}
+
 function choose(file) {
   if (!file) return;
   if (!file.type.startsWith("image/")) {
-    say(`${file.name || "This"} is not a picture.`);
-    return;
+    return refuse(`${file.name || "This"} is not a picture.`);
   }
   picture = file;
   say("");
@@ -22,6 +27,7 @@ function choose(file) {
   preview.alt = file.name || "The pasted picture";
   preview.hidden = false;
   at("hint").hidden = true;
+  at("again").hidden = false;
   classify();
 }
 
@@ -30,7 +36,7 @@ function headers() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-function show(predictions) {
+function show(predictions, seconds) {
   at("results").replaceChildren(
     ...predictions.map(({ label, probability }) => {
       const item = document.createElement("li");
@@ -44,17 +50,21 @@ function show(predictions) {
       const bar = document.createElement("progress");
       bar.max = 1;
       bar.value = probability;
-      bar.setAttribute("aria-label", label);
+      bar.setAttribute("aria-hidden", "true"); // the row says it already
       item.append(row, bar);
       return item;
     }),
   );
+  const [{ label, probability }] = predictions;
+  at("spoken").textContent = `Most probable: ${label}, ${(100 * probability).toFixed(1)} %`;
+  at("took").textContent = `${predictions.length} most probable, in ${Math.round(seconds)} ms`;
+  at("found").hidden = false;
 }
 
 async function classify() {
   const labels = at("labels").value.split(/[,\n]/).map((label) => label.trim()).filter(Boolean);
   if (!picture) return say("Choose a picture first.");
-  if (!labels.length) return say("Write at least one label.");
+  if (!labels.length) return refuse("Write at least one label.");
   const body = new FormData();
   body.append("images", picture, picture.name || "picture");
   body.append("labels", labels.join(","));
@@ -70,19 +80,26 @@ async function classify() {
       at("keyfield").hidden = false;
       at("key").focus();
     }
-    if (!answer.ok) return say(found.error.message);
-    show(found.results[0].predictions);
+    if (!answer.ok) return refuse(found.error.message);
+    show(found.results[0].predictions, found.timings.total);
     tell();
   } catch (error) {
-    if (turn === asked) say(`The service can't be reached (${error.message}).`);
+    if (turn === asked) refuse(`The service can't be reached (${error.message}).`);
   } finally {
     if (turn === asked) at("go").disabled = false;
   }
 }
 
+at("preview").addEventListener("error", () => {
+  at("preview").hidden = true; // the service says what is wrong with it
+  at("hint").hidden = false;
+  at("again").hidden = true;
+});
+
 async function tell() {
   const answer = await fetch("/v1/models", { headers: headers() });
-  if (answer.ok) at("model").textContent = (await answer.json()).models[0].name;
+  if (answer.status === 401) at("keyfield").hidden = false;
+  if (answer.ok) at("model").textContent = `Model: ${(await answer.json()).models[0].name}.`;
 }
 
 at("file").addEventListener("change", (event) => choose(event.target.files[0]));

@@ -1,0 +1,136 @@
+"""The lineage by its commands: CLIP, then ViLT and ALBEF from it; what is drawn, shuffled and taken over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from typer.testing import CliRunner
+
+import vlm
+from tests.train.small import ALONE, forget_last, spawn
+from tests.weights.albef_reference import QUEUE, reference
+from vlm.apps.cli import app
+from vlm.data.loader import shuffled_texts
+from vlm.errors import ConfigError
+from vlm.train.config import load_config, named_config
+from vlm.train.metrics import read_metrics
+from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
+from vlm.weights.albef import load_albef_training
+
+IMAGE = "model.image={image_size: 32, patch_size: 16, width: 32, layers: 2, heads: 2, mlp_width: 64}"
+TEXT = "vocab_size: 30522, context_length: 32, width: 32, heads: 2, mlp_width: 64, token_types: 2"
+COMMON = [
+    IMAGE, "loader.batch_size=8", "loader.workers=0", "train.steps=6", "train.log_every=1", "train.save_every=2",
+    "train.optim.freeze=[]", "train.optim.lr_scale={}", "train.optim.warmup=2", "masking.share=0.4",
+]  # fmt: skip
+STAGES = {
+    "clip": ["model.embed_dim=16", f"model.text={{{TEXT}, layers: 2}}", "start=[]"],
+    "vilt": ["model.context_length=32"],
+    "albef": [
+        "model.embed_dim=16", f"model.text={{{TEXT}, layers: 3, cross_layers: [2], cross_width: 32}}",
+        "train.teacher.queue=20",
+    ],
+}  # fmt: skip
+
+
+def settings(stage: str, folder: Path, start: Path | None = None, *more: str):
+    listed = [*STAGES[stage], *COMMON, f"data={json.dumps([str(folder)])}", "validation=[]"]
+    listed += [f"start={json.dumps([str(start)] if start else [])}", *more]
+    return load_config(run_kind(stage), named_config(stage, "tiny"), listed)
+
+
+def curve(run: Path, name: str = "loss") -> dict[int, float]:
+    return {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"}
+
+
+@pytest.fixture
+def clip(folder: Path, tmp_path: Path) -> Path:
+    """A run of the first stage, from which the others start."""
+    train_stage(settings("clip", folder), tmp_path / "clip", ALONE, progress=False)
+    return tmp_path / "clip"
+
+
+@pytest.mark.parametrize("stage", ["vilt", "albef"])
+def test_command_trains_the_stage_from_clip(folder: Path, clip: Path, tmp_path: Path, stage: str) -> None:
+    run = tmp_path / stage
+    more = [*STAGES[stage], *COMMON, "train.optim.lr=0", f"validation={json.dumps([str(folder)])}"]
+    options = ["--data", str(folder), "--out", str(run), "--device", "cpu", "--start", str(clip)]
+    result = CliRunner().invoke(app, ["train", stage, *options, *more])
+    assert result.exit_code == 0, result.output + str(result.exception)
+    parts = {"vilt": {"itm", "mlm", "wpa"}, "albef": {"itc", "itm", "mlm", "alpha", "teacher_distance"}}[stage]
+    lines = read_metrics(run / "metrics.jsonl")
+    assert parts <= {name for line in lines for name in line}
+    figures = next(line for line in lines if line["kind"] == "evaluate")
+    assert "match_order" in figures and ("recall" in figures) == (stage == "albef")
+    model, first = vlm.load(run, device="cpu"), vlm.load(clip, device="cpu")
+    assert model.family == stage
+    for name, value in first.network.image.state_dict().items():  # with a rate of 0 the start shows
+        assert torch.equal(model.network.image.state_dict()[name], value), name
+    logits = model.match(model.pixels(folder / "00.png"), model.tokens("a red box"))
+    assert logits.shape == (1, 2) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize("stage", ["vilt", "albef"])
+def test_masks_and_partners_dont_depend_on_workers_or_a_break(folder: Path, tmp_path: Path, stage: str) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for run in (whole, cut):
+        train_stage(settings(stage, folder, None, "train.save_every=3"), run, ALONE, progress=False)
+    forget_last(cut, 6)
+    train_stage(read_run_config(stage, cut, ["loader.workers=2"]), cut, ALONE, resume=True, progress=False)
+    for name in ("loss", "itm", "itm_accuracy"):
+        assert curve(cut, name) == curve(whole, name) and len(curve(cut, name)) == 6
+
+
+def two(here, stage: str, folder: str, run: str) -> None:
+    train_stage(settings(stage, Path(folder)), Path(run), here, progress=False)
+
+
+@pytest.mark.parametrize("stage", ["vilt", "albef"])
+def test_two_ranks_equal_one(folder: Path, tmp_path: Path, stage: str) -> None:
+    train_stage(settings(stage, folder), tmp_path / "one", ALONE, progress=False)
+    spawn(two, stage, str(folder), str(tmp_path / "two"))
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=2e-4)
+
+
+def test_pre_training_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """Student, teacher, queue and pointer come along; with a rate of 0 they show in the first checkpoint."""
+    path = tmp_path / "ALBEF.pth"
+    torch.save({"model": reference().checkpoint()}, path)
+    official = load_albef_training(path)
+    changes = [
+        *COMMON[1:], f"data={json.dumps([str(folder)])}", f"start={json.dumps([str(path)])}", "validation=[]",
+        "train.optim.lr=0", "train.steps=1", f"train.teacher.queue={QUEUE + 3}",
+    ]  # fmt: skip
+    recipe = load_config(run_kind("albef"), named_config("albef", "tiny"), changes)
+    config = RunConfig(**{**vars(recipe), "model": official.config})
+    with pytest.raises(ConfigError, match=f"train.teacher.queue is {QUEUE + 3}"):
+        train_stage(config, tmp_path / "run", ALONE, progress=False)
+    fitting = load_config(run_kind("albef"), named_config("albef", "tiny"), [*changes, f"train.teacher.queue={QUEUE}"])
+    train_stage(RunConfig(**{**vars(fitting), "model": official.config}), tmp_path / "run", ALONE, progress=False)
+    student = vlm.load(tmp_path / "run", device="cpu").network.state_dict()
+    assert all(torch.equal(student[name], value) for name, value in official.network.items())
+    queue = {"image": torch.zeros_like(official.image_queue), "pointer": torch.zeros(1, dtype=torch.int64)}
+    name = next(iter(official.teacher))
+    held = {"queue": queue, "teacher": {name: torch.zeros_like(official.teacher[name])}}
+    dcp.load(held, checkpoint_id=tmp_path / "run" / "checkpoints" / "step-00000001" / "state", no_dist=True)
+    # A batch of 8 overwrites all of a queue of 6; where it ends follows from the official pointer.
+    assert int(queue["pointer"]) == (official.pointer + 8) % QUEUE and queue["image"].any()
+    moved = official.teacher[name].lerp(official.network[name], 1 - fitting.train.teacher.decay)
+    torch.testing.assert_close(held["teacher"][name], moved)
+
+
+def test_shuffled_texts_are_a_share_and_foreign() -> None:
+    found = shuffled_texts(1000, 0.2, seed=3)
+    assert len(found) == 200 and sorted(found) == sorted(found.values())
+    assert all(number != other for number, other in found.items())
+    assert found == shuffled_texts(1000, 0.2, seed=3) != shuffled_texts(1000, 0.2, seed=4)
+    assert shuffled_texts(1000, 0.0, seed=3) == {}
+
+
+def test_a_share_that_is_none_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loader\.shuffled"):
+        settings("albef", folder, None, "loader.shuffled=1.0")
