@@ -84,7 +84,7 @@ def test_calls_of_the_service_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny-clip", "pointing-tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"]
+    "name", ["tiny-clip", "pointing-tiny-clip", "rerank-base-cpu", "rerank-tiny-cpu", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"]
 )
 def test_figures_are_those_of_the_result_files(name: str) -> None:
     results = ROOT / "benchmarks" / "results"
