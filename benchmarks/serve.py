@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of a turn, or of the load; at most 300")
     parser.add_argument("--rounds", type=int, default=6, help="times that each side has its turn")
     parser.add_argument("--load", action="store_true", help="ask our service alone, and count what is lost")
-    parser.add_argument("--queue", type=int, default=128, help="places in our service's queue under --load")
+    parser.add_argument("--queue", type=int, default=512, help="places in our service's queue under --load")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="file name of the results, without its ending")
     options = parser.parse_args(arguments)
@@ -110,9 +110,11 @@ def take_turns(
         run_clients(server.port, requests[name], clients=options.clients, seconds=0.5)
     for turn in range(options.rounds):
         for name in sorted(servers, reverse=bool(turn % 2)):
+            before = servers[name].cpu_seconds()
             outcome = run_clients(servers[name].port, requests[name], clients=options.clients, seconds=options.seconds)
             complain(name, outcome)
-            turns[name].append(outcome.summary())
+            spent = servers[name].cpu_seconds() - before
+            turns[name].append(outcome.summary() | {"cpu_ms_per_request": 1000 * spent / len(outcome.latencies)})
     return turns
 
 
@@ -126,7 +128,7 @@ def medians(turns: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Medians over the turns of a side."""
     return {
         name: median_interval([turn[name] for turn in turns])["median"]
-        for name in ("requests_per_second", "p50_ms", "p99_ms")
+        for name in ("requests_per_second", "p50_ms", "p99_ms", "cpu_ms_per_request")
     }
 
 
@@ -165,7 +167,8 @@ def page(result: dict[str, Any]) -> str:
     ratio = result["ratio"]
     rows = [
         f"| {result['model']}, {result['labels']} labels | {name} | {values['requests_per_second']:.1f} "
-        f"| {values['p50_ms']:,.0f} | {values['p99_ms']:,.0f} | {result['peak_mb'][name]:,.0f} | {times} |"
+        f"| {values['p50_ms']:,.0f} | {values['p99_ms']:,.0f} | {values['cpu_ms_per_request']:,.0f} "
+        f"| {result['peak_mb'][name]:,.0f} | {times} |"
         for name, times in (
             ("vlm", f"**{ratio['median']:.1f}** [{ratio['low']:.1f}, {ratio['high']:.1f}]"),
             ("transformers", "1"),
@@ -181,8 +184,8 @@ def page(result: dict[str, Any]) -> str:
         [
             f"# `vlm serve`, {result['model']}, {result['labels']} labels, {result['clients']} clients",
             "",
-            "| | service | requests/s | p50, ms | p99, ms | peak memory, MB | times as many |",
-            "|---|---|---|---|---|---|---|",
+            "| | service | requests/s | p50, ms | p99, ms | CPU of a request, ms | peak memory, MB | times as many |",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             f"{result['rounds']} rounds in turns of {result['seconds_of_a_turn']:g} s; ratio: median of the rounds and "

@@ -129,6 +129,23 @@ def test_answers_are_learned_with_their_weights() -> None:
     close(taught[1], 0.7 * taught[0] + 0.3 * taught[2])
 
 
+def test_answers_share_their_question_and_its_padding() -> None:
+    model, some, given = build(Vqa, VQA), batch(3), answers(4)
+    questions = torch.tensor([2, 0, 1, 2])
+    found = model(some.pixels, some.tokens, given, questions=questions)
+    alone = torch.stack(
+        [
+            model(
+                some.pixels[q : q + 1],
+                some.tokens.select(slice(q, q + 1)),
+                {name: value[a : a + 1] for name, value in given.items()},
+            ).loss
+            for a, q in enumerate(questions.tolist())
+        ]
+    )
+    close(found.loss, alone.sum() / 3)
+
+
 def test_an_answer_sees_only_what_stands_before() -> None:
     model, some, given = build(Vqa, VQA), batch(3), answers(3)
     question, mask = model.question_states(some.pixels, some.tokens)

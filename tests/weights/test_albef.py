@@ -133,6 +133,14 @@ def test_what_doesn_t_fit_is_named(path, tmp_path, change, message):
         load_albef(tmp_path / "bad.pth")
 
 
+def test_a_teacher_with_two_embeddings_is_refused(path, tmp_path):
+    name = "text_encoder_m.cls.predictions.decoder.weight"
+    torch.save({"model": read_tensors(path) | {name: torch.zeros(30522, 128)}}, tmp_path / "bad.pth")
+    load_albef(tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=r"text_encoder_m.*decoder\.weight differs from.*word_embeddings"):
+        load_albef_training(tmp_path / "bad.pth")
+
+
 def test_queues_of_other_shapes_are_named(path, tmp_path):
     tensors = read_tensors(path) | {"text_queue": torch.ones(40, 5)}
     torch.save({"model": tensors}, tmp_path / "bad.pth")

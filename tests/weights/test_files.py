@@ -175,7 +175,7 @@ def test_damaged_own_folder(tmp_path):
     with pytest.raises(WeightsError, match=r"config\.json: not a model's configuration"):
         vlm.load(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"family": "clap"}')
-    with pytest.raises(WeightsError, match="family 'clap' isn't known; known: clip"):
+    with pytest.raises(WeightsError, match=r"family 'clap' isn't known \(did you mean 'clip'\?\); known: clip"):
         vlm.load(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json: can't be read"):

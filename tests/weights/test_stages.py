@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import vlm
 from tests.weights.made import scrambled
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
@@ -14,6 +15,7 @@ from vlm.models.albef_heads import ClassifierConfig, Nlvr2, Vqa, VqaConfig, answ
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
+from vlm.weights.families import FAMILIES, family_name
 from vlm.weights.files import save_model
 from vlm.weights.keymaps.stages import text_layers
 from vlm.weights.start import start_from
@@ -101,7 +103,9 @@ def test_two_images_start_from_each_fusion_layer_twice(tmp_path):
         else:
             assert torch.equal(value, source.get(name, before[name])), name
     assert all(torch.equal(after[name], before[name]) for name in after if "assignment_head" in name)
-    save_model(network, wordpiece(max_length=24), ImageTransform(24), tmp_path / "ta", name="ta", family="albef-nlvr2")
+    save_model(
+        network, wordpiece(max_length=24), ImageTransform(24), tmp_path / "ta", name="ta", family="albef-classifier"
+    )
     fine = Nlvr2(ClassifierConfig(IMAGE, two_image_text(FUSED), "nlvr2"))
     before, final = begun(fine, tmp_path / "ta")
     assert all(torch.equal(value, after.get(name, before[name])) for name, value in final.items())
@@ -122,6 +126,24 @@ def test_the_answer_decoder_starts_from_the_fusion_layers(tmp_path, width):
             theirs = name.replace("decoder.", "text.")
         fresh = "cross_attn.kv.weight" in name and name.startswith("decoder.") and width != 24
         assert torch.equal(value, before[name] if fresh else source[theirs]), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ClassifierConfig(IMAGE, FUSED),
+        ClassifierConfig(IMAGE, two_image_text(FUSED), "nlvr2"),
+        VqaConfig(IMAGE, FUSED, answer_decoder(FUSED)),
+    ],
+    ids=["entailment", "nlvr2", "vqa"],
+)
+def test_fine_tuned_models_are_kept(tmp_path, config):
+    name = family_name(config)
+    network = scrambled(FAMILIES[name].network(config))
+    save_model(network, wordpiece(max_length=24), ImageTransform(24), tmp_path / "fine", name="fine", family=name)
+    model = vlm.load(tmp_path / "fine", device="cpu")
+    assert model.network.config == config and type(model.network) is type(network)
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in model.network.state_dict().items())
 
 
 def test_layers_of_base():

@@ -135,6 +135,32 @@ def retrieval(
 
 
 @app.command()
+def matching(
+    data: Data,
+    model: Model = DEFAULT_MODEL,
+    seed: Annotated[int, typer.Option(help="Draws the foreign texts and the bootstrap.")] = 0,
+    out: Out = None,
+    device: Device = "auto",
+) -> None:
+    """Whether ITM tells each picture's own text from that of another picture."""
+    from vlm.data.sources import open_source
+    from vlm.tasks.matching import evaluate_matching
+
+    log_warnings()
+    check_output(out, folder=True)
+    source = open_source(data)
+    report = evaluate_matching(load_model(model, device), source, seed=seed)
+    rows = [
+        ["pairs called right", percent(report.accuracy.as_dict()), "50"],
+        ["own text above the foreign one", percent(report.order.as_dict()), "50"],
+    ]
+    typer.echo(f"{report.model} on {report.data}: {report.order.count} pictures, each with two texts")
+    typer.echo(table(["measure", "% [95 % interval]", "chance %"], rows))
+    if out is not None:
+        _write_json(out / "report.json", report.as_dict() | {"seed": seed})
+
+
+@app.command()
 def prompts(
     data: Data,
     model: Model = DEFAULT_MODEL,

@@ -51,6 +51,7 @@ class Entailment(nn.Module):
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
+        check_choice("task", config.task, ("entailment",))
         self.config = config
         self.image, self.text = ViT(config.image), Transformer(config.text)
         self.add_module(f"{config.task}_head", _classifier(config))
@@ -216,6 +217,11 @@ class Vqa(nn.Module):
         return Ranked(chosen.gather(1, best.indices), best.values)
 
 
+def classifier(config: ClassifierConfig) -> Entailment | Nlvr2:
+    """The network of a task: of one image, or of two."""
+    return Entailment(config) if config.task == "entailment" else Nlvr2(config)
+
+
 def two_image_text(text: TransformerConfig) -> TransformerConfig:
     """The text tower of `Nlvr2`: every fusion layer twice, the second one for the second image."""
     first = text.layers - len(text.cross_layers)
@@ -235,7 +241,6 @@ def answer_decoder(text: TransformerConfig) -> TransformerConfig:
 
 
 def _classifier(config: ClassifierConfig) -> nn.Sequential:
-    check_choice("task", config.task, tuple(CLASSES))
     width = config.text.width
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES[config.task]))
 

@@ -41,7 +41,7 @@ class ImagesConfig:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resize: Resize = "squash"
-    """`squash` both sides, `crop` the centre, or `pad` with white."""
+    """`squash` both sides, `crop` the centre, `pad` with white, or `fit`: keep the shape, for ViLT alone."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,11 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
 
 
 def make_transform(config: RunConfig[Any]) -> ImageTransform:
-    """The run's picture preprocessing."""
-    images = config.images
-    return ImageTransform(config.model.image.image_size, images.mean, images.std, images.resize)
+    """The run's picture preprocessing. Raises ConfigError for `fit` where the stage can't mask padding."""
+    images, image = config.images, config.model.image
+    if images.resize == "fit" and family_name(config.model) != "vilt":
+        raise ConfigError("images.resize=fit pads pictures to one size, which only ViLT masks; use pad, crop or squash")
+    return ImageTransform(image.image_size, images.mean, images.std, images.resize, multiple=image.patch_size)
 
 
 def train_stage(

@@ -36,9 +36,11 @@ def serve(config: ServeConfig) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"vlm serve needs {error.name}, which isn't installed: pip install 'vlm[serve]'") from error
     from vlm.apps.serve.app import create_app
+    from vlm.apps.serve.packed import pack_linears
 
     templates = read_templates(config.templates)
     with listen(config.host, config.port) as place:
         model = load_model(config.model, config.device)
+        pack_linears(model.network)
         app = create_app(model, config, templates=default_templates(templates, model.tokenizer))
         run(app, config, place)

@@ -27,7 +27,7 @@ MEASURES = {
     "itc_image_to_text_r1": "ITC image to text R@1 %",
     "match_order": "own text before a foreign one %",
 }
-TEST = "web-test"
+TEST, GALLERY = "web-test", 100
 
 
 def reproduce_albef(
@@ -41,8 +41,8 @@ def reproduce_albef(
 ) -> tuple[list[dict[str, Any]], str]:
     """Train every variant from tiny-clip with every share of shuffled captions and every seed, and measure it.
 
-    Measured on ``web-test``, which no run sees: ITM over all pairs of the gallery, the features' own order, and
-    whether a picture's text scores higher than a foreign one. Returns the results and their table. Raises
+    Measured on ``web-test``, which no run sees: ITM over all pairs of galleries of 100, the features' own order in
+    them, and whether a picture's text scores higher than a foreign one. Returns the results and their table. Raises
     ConfigError for shares that are none.
     """
     if not seeds or any(not 0 <= share < 1 for share in noise):
@@ -66,7 +66,7 @@ def measure(run: Path, device: str = "auto") -> dict[str, float]:
     """Figures of a run's model on the held-out clip art."""
     model = load(run, device=None if device == "auto" else device)
     source = open_source(TEST)
-    report = evaluate_retrieval(model, source, rerank=len(source), score="itm")
+    report = evaluate_retrieval(model, source, gallery=GALLERY, rerank=GALLERY, score="itm")
     found = {f"itc_{name}": value for name, value in report.figures().items()}
     if report.reranked is not None:
         found |= {f"itm_{way}_r{k}": f.value for way, at in report.reranked.recall.items() for k, f in at.items()}

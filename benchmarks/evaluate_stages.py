@@ -1,0 +1,87 @@
+"""The stages beside each other on data that none of them saw: zero-shot, retrieval with and without re-ranking, ITM.
+
+Runs `vlm eval` commands on the model of each stage and writes stages.json (each figure with its interval, chance
+value and command) and stages.md (a table) to results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from evaluate_clip import HERE, markdown, run_job
+from measure import machine, versions, write_results
+
+from vlm.apps.common import percent
+
+GALLERY = "eval retrieval -d web-test --distractors web-val --gallery 500 --galleries {}"
+ZERO_SHOT = {
+    "unseen artist, no flags": "eval zero-shot -d unseen-artist --no-flags",
+    "unseen concept": "eval zero-shot -d unseen-concept",
+}
+MATCHING = {"own text or a foreign one": "eval matching -d web-test"}
+
+
+def jobs_of(family: str, galleries: int) -> dict[str, str]:
+    """What a family can be asked, by the rows of the table."""
+    retrieval = GALLERY.format(galleries)
+    if family == "clip":
+        return ZERO_SHOT | {"clip art": retrieval}
+    if family == "vilt":  # it runs the whole network on each pair: one gallery is 250,000 of them
+        return MATCHING | {"clip art": GALLERY.format(1)}
+    return ZERO_SHOT | MATCHING | {"clip art": f"{retrieval} --rerank 64 --score itm"}
+
+
+def rows_of(stage: str, jobs: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of the table: stage, data, measure, figure, chance."""
+    rows = []
+    for name, job in jobs.items():
+        found = {measure: figure for measure, figure in job.items() if measure.startswith("top-")}
+        found |= {measure: job[measure] for measure in ("accuracy", "order") if measure in job}
+        found |= _recall(job, f"by {job.get('score', '').upper()}")
+        if "rerank" in job:
+            found |= _recall(job["rerank"], f"{job['rerank']['k']} re-ranked by ITM")
+        rows += [
+            [stage, name, measure, percent(figure), f"{100 * figure['chance']:.2f}"]
+            for measure, figure in found.items()
+        ]
+    return rows
+
+
+def _recall(job: dict[str, Any], how: str) -> dict[str, Any]:
+    return {
+        f"{way.replace('_', ' ')} {measure}, {how}": figure
+        for way, at in job.get("recall", {}).items()
+        for measure, figure in at.items()
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    import vlm
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("models", nargs="+", help="one for each stage: anything that vlm.load takes")
+    parser.add_argument("--galleries", type=int, default=3, help="of 500; their figures are means over them")
+    parser.add_argument("--name", default="stages", help="of the files")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    found, rows = {}, []
+    for place in options.models:
+        model = vlm.load(place, device="cpu")
+        jobs = {name: run_job(job, place) for name, job in jobs_of(model.family, options.galleries).items()}
+        found[model.name] = jobs
+        rows += rows_of(model.name, jobs)
+    values = {
+        "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)} --galleries {options.galleries}",
+        "machine": machine("cpu"),
+        "versions": versions("torch", "timm"),
+        "stages": found,
+    }
+    header = ["model", "data", "measure", "% [95 % interval]", "chance %"]
+    write_results(options.out, options.name, values, markdown(header, rows))
+
+
+if __name__ == "__main__":
+    main()

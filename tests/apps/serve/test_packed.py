@@ -1,0 +1,44 @@
+"""Packed linear layers give what the network gave."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tasks.small import noise, random_model
+from vlm.apps.serve.packed import PackedLinear, pack_linears
+
+
+def test_both_towers_give_the_same_features() -> None:
+    model = random_model()
+    pixels, tokens = model.pixels(noise(5)), model.tokens(["a red dot", "frog", "a much longer sentence about frogs"])
+    before = model.encode_image(pixels), model.encode_text(tokens)
+    linears = sum(type(module) is nn.Linear for module in model.network.modules())
+    assert pack_linears(model.network) == linears > 10
+    assert not any(type(module) is nn.Linear for module in model.network.modules())
+    for expected, rows in ((before[0], model.encode_image(pixels)), (before[1], model.encode_text(tokens))):
+        assert torch.allclose(rows, expected, atol=1e-6)
+    for row, expected in zip(pixels, before[0], strict=True):  # whatever the batch
+        assert torch.allclose(model.encode_image(row[None])[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_leading_shape(bias: bool) -> None:
+    linear = nn.Linear(6, 4, bias=bias)
+    packed = PackedLinear(copy.deepcopy(linear))
+    with torch.inference_mode():
+        for shape in ((6,), (3, 6), (2, 3, 6), (0, 6)):
+            states = torch.randn(shape)
+            assert torch.allclose(packed(states), linear(states), atol=1e-6)
+
+
+def test_other_types_and_derived_layers_are_left() -> None:
+    class Own(nn.Linear):
+        """Others may look into it."""
+
+    network = nn.Sequential(nn.Linear(4, 4).bfloat16(), Own(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    assert pack_linears(network) == 1
+    assert isinstance(network[2][0], PackedLinear) and type(network[1]) is Own

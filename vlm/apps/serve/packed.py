@@ -1,0 +1,40 @@
+"""Linear layers in oneDNN's own layout, for a process that only ever runs its model forward on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Module):
+    """A linear layer (..., in) -> (..., out) whose weight was laid out once for oneDNN's kernels.
+
+    torch's own fp32 product copies the bias into the result first and runs MKL, which on AMD processors takes
+    nearly twice as long (measured on an EPYC with AVX-512 at 800 rows of 768 to 3072).
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Apply the layer."""
+        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(network: nn.Module) -> int:
+    """Replace the fp32 linear layers of a network on a CPU by packed ones; how many were replaced.
+
+    The network can't be trained, saved or moved any more. Elsewhere (a GPU, half precision, a torch without
+    oneDNN) nothing is changed. Layers derived from nn.Linear stay, since others may look into them.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return 0
+    count = 0
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.device.type == "cpu" and child.weight.dtype == torch.float32:
+                setattr(parent, name, PackedLinear(child))
+                count += 1
+    return count
