@@ -17,7 +17,10 @@ app = typer.Typer(help="Repeat a paper's ablation in miniature.", no_args_is_hel
 
 Seeds = Annotated[str, typer.Option(help="Seeds joined by commas; at least three for an interval that says much.")]
 Table = Annotated[
-    Path | None, typer.Option("--table", help="Also write the results as FILE.json and FILE.md, without an ending.")
+    Path | None,
+    typer.Option(
+        "--table", help="Also write the results as FILE.json and FILE.md; those that stand there aren't made again."
+    ),
 ]
 
 
@@ -33,7 +36,7 @@ def albef(
     ),
     seeds: Seeds = "0,1,2",
     noise: Annotated[str, typer.Option(help="Shares of shuffled captions, joined by commas.")] = "0,0.2,0.4",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 150,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     table: Table = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
@@ -42,20 +45,35 @@ def albef(
     """ITM + MLM; + ITC; + hard negatives; + MoD, each with shuffled captions (ALBEF, table 1)."""
     import torch
 
-    from vlm.tasks.reproduce.albef import reproduce_albef
+    from vlm.tasks.reproduce.albef import MEASURES, reproduce_albef
+    from vlm.tasks.reproduce.grid import as_table
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if threads:
         torch.set_num_threads(threads)
-    results, text = reproduce_albef(
+    results = reproduce_albef(
         out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], noise=_numbers(noise, "--noise"),
-        steps=steps, precision=precision, device=device,
+        steps=steps, precision=precision, known=_known(table), device=device,
+        after=lambda found: _write(found, as_table(found, MEASURES), table),
     )  # fmt: skip
-    _finish(results, text, table)
+    typer.echo(as_table(results, MEASURES))
 
 
-def _finish(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
-    typer.echo(text)
+def _known(table: Path | None) -> list[dict[str, Any]]:
+    """Results of an earlier call, which may have run elsewhere. Raises DataError when they can't be read."""
+    from vlm.errors import DataError
+
+    path = table.with_name(table.name + ".json") if table is not None else None
+    if path is None or not path.is_file():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["results"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a table of results ({error}); choose another --table, or delete it") from error
+    return found
+
+
+def _write(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
     if table is not None:
         values = {"command": shlex.join(["vlm", *sys.argv[1:]]), "results": results}
         write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))

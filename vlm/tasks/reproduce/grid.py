@@ -50,12 +50,16 @@ def run_grid(
     recipe: Sequence[str],
     out: Path,
     measure: Measure,
+    known: Sequence[dict[str, Any]] = (),
+    after: Callable[[list[dict[str, Any]]], None] | None = None,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
     """Train and measure every cell with every seed, seed by seed, so that an early stop leaves whole tables.
 
     A run that is finished isn't made again, one that was broken off goes on from its checkpoint. Checkpoints of
-    finished runs are dropped. recipe: overrides of the stage's `tiny` configuration that all cells share.
+    finished runs are dropped. recipe: overrides of the stage's `tiny` configuration that all cells share. known:
+    results of an earlier call, which needn't lie in `out`; those made with the same settings count as finished.
+    after: called with the results so far whenever a run is finished.
     Returns the results so far. Raises ConfigError when a result in `out` was made by another recipe.
     """
     found: list[dict[str, Any]] = []
@@ -64,7 +68,7 @@ def run_grid(
         for cell in cells:
             run = out / f"{cell.folder}-seed-{seed}"
             settings = [*recipe, *cell.changes, f"train.seed={seed}"]
-            result = _finished(run, settings)
+            result = next((one for one in known if one["settings"] == settings), None) or _finished(run, settings)
             if result is None:
                 logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
                 _train(stage, run, settings, device)
@@ -73,6 +77,8 @@ def run_grid(
                 write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             found.append(result)
+            if after is not None:
+                after([*found, *(one for one in known if one not in found)])
     return found
 
 
