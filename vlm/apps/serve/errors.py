@@ -50,11 +50,15 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def error_body(code: str, message: str, request_id: str) -> dict[str, Any]:
+    """The one form, ready for JSON."""
+    return {"error": {"code": code, "message": message, "request_id": request_id}}
+
+
 def error_response(request: Request, error: ApiError) -> JSONResponse:
     """The JSON answer of an error; its code goes to the log with the request."""
-    request_id = request.scope.get("request_id", "")
     request.scope.setdefault("log", {})["error"] = error.code
-    body = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+    body = error_body(error.code, error.message, request.scope.get("request_id", ""))
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 

@@ -1,0 +1,82 @@
+"""Bytes that are no request, or one without end: what a client is told before the application hears of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.apps.serve.small import Process
+
+
+@pytest.fixture(scope="module")
+def process(model: str) -> Iterator[Process]:
+    started = Process(model)
+    yield started.wait_until_ready()
+    started.end()
+
+
+def answer_to(process: Process, *parts: bytes) -> tuple[bytes, bytes]:
+    """Head and body of what comes until the service closes the connection."""
+    found = b""
+    with socket.create_connection(("127.0.0.1", process.port), timeout=20) as client:
+        with contextlib.suppress(ConnectionError):  # closed while bytes were under way: what came before is the answer
+            for part in parts:
+                client.sendall(part)
+            while part := client.recv(65536):
+                found += part
+    head, _, body = found.partition(b"\r\n\r\n")
+    return head, body
+
+
+def error_in(head: bytes, body: bytes) -> str:
+    error = json.loads(body)["error"]
+    assert error["message"] and f"x-request-id: {error['request_id']}".encode() in head
+    return error["code"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_not_http_gets_the_one_form_of_errors(process: Process, content: bytes) -> None:
+    head, body = answer_to(process, content)
+    assert head.startswith(b"HTTP/1.1 400 ") and error_in(head, body) == "bad_request"
+
+
+def test_a_head_without_end_is_cut(process: Process) -> None:
+    with socket.create_connection(("127.0.0.1", process.port), timeout=20) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
+        sent, found = 0, b""
+        client.settimeout(0.01)
+        while not found and sent < 5_000_000:
+            try:
+                sent += client.send(b"a" * 10_000)
+                found = client.recv(65536)
+            except TimeoutError:
+                continue
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ") and error_in(head, body) == "head_too_large"
+    assert sent < 2_000_000
+
+
+def test_long_lives_and_long_bodies_are_no_long_heads(process: Process) -> None:
+    one = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n"
+    with httpx.Client(base_url=process.url) as client:
+        for _ in range(8):  # more than the bound in all
+            assert client.get("/healthz", headers={"X-Long": "a" * 20_000}).status_code == 200
+            answer = client.post("/v1/classify", content=b" " * 300_000, headers={"content-type": "application/json"})
+            assert answer.json()["error"]["code"] == "invalid_request"
+    pipelined = one * 8 + one.replace(b"X:", b"Connection: close\r\nX:")
+    head, body = answer_to(process, pipelined)
+    assert head.startswith(b"HTTP/1.1 200 ") and body.count(b'{"status":"ok"}') == 9
