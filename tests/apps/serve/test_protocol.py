@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -23,12 +24,14 @@ def process(model: str) -> Iterator[Process]:
 def answer_to(process: Process, *parts: bytes) -> tuple[bytes, bytes]:
     """Head and body of what comes until the service closes the connection."""
     found = b""
-    with socket.create_connection(("127.0.0.1", process.port), timeout=20) as client:
-        with contextlib.suppress(ConnectionError):  # closed while bytes were under way: what came before is the answer
-            for part in parts:
-                client.sendall(part)
-            while part := client.recv(65536):
-                found += part
+    with (
+        socket.create_connection(("127.0.0.1", process.port), timeout=20) as client,
+        contextlib.suppress(ConnectionError),  # closed while bytes were under way: what came before is the answer
+    ):
+        for part in parts:
+            client.sendall(part)
+        while part := client.recv(65536):
+            found += part
     head, _, body = found.partition(b"\r\n\r\n")
     return head, body
 
@@ -80,3 +83,42 @@ def test_long_lives_and_long_bodies_are_no_long_heads(process: Process) -> None:
     pipelined = one * 8 + one.replace(b"X:", b"Connection: close\r\nX:")
     head, body = answer_to(process, pipelined)
     assert head.startswith(b"HTTP/1.1 200 ") and body.count(b'{"status":"ok"}') == 9
+
+
+def test_who_sends_too_much_before_reading_still_learns_why(process: Process) -> None:
+    whole = 24 * 2**20
+    post = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    chunk = b"%x\r\n" % whole + b" " * whole + b"\r\n0\r\n\r\n"
+    for parts in (
+        (post + b"Content-Length: %d\r\n\r\n" % whole, b" " * whole),
+        (post + b"Transfer-Encoding: chunked\r\n\r\n", chunk),
+    ):
+        start = time.monotonic()
+        with socket.create_connection(("127.0.0.1", process.port), timeout=20) as client:
+            for part in parts:
+                client.sendall(part)  # raises where the service has cut the connection
+            found = b""
+            while part := client.recv(65536):
+                found += part
+        head, _, body = found.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 413 ") and error_in(head, body) == "body_too_large"
+        assert time.monotonic() - start < 10
+
+
+def test_head_is_get_without_the_body(process: Process) -> None:
+    for path in ("/", "/docs", "/healthz", "/readyz", "/metrics", "/v1/models"):
+        answer = httpx.head(process.url + path)
+        assert answer.status_code == 200 and answer.content == b"" and int(answer.headers["content-length"]) > 0
+    assert httpx.head(process.url + "/v1/classify").status_code == 405
+    assert any(line["method"] == "HEAD" and line["path"] == "/healthz" for line in process.logged())
+
+
+def test_wrong_addresses_and_methods_are_named(process: Process) -> None:
+    for method, path, status, word in (
+        ("GET", "/v1/clasify", 404, "/v1/clasify"),
+        ("POST", "/v1/classify/", 404, "/docs lists the calls"),
+        ("GET", "/v1/classify", 405, "only POST"),
+        ("DELETE", "/", 405, "only GET"),
+    ):
+        answer = httpx.request(method, process.url + path)
+        assert answer.status_code == status and word in answer.json()["error"]["message"]

@@ -252,7 +252,7 @@ def create_app(model: VisionLanguageModel, config: ServeConfig, *, templates: tu
         await service.stop()
 
     app = FastAPIOffline(
-        title="vlm", version=__version__, lifespan=lifespan, redoc_url=None,
+        title="vlm", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False,
         description="Zero-shot classification and features of pictures and texts.",
     )  # fmt: skip
     app.state.service = service

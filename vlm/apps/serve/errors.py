@@ -78,8 +78,13 @@ def add_handlers(app: FastAPI) -> None:
         return error_response(request, ApiError(422, "invalid_request", str(error)))
 
     def http(request: Request, error: Any) -> JSONResponse:
-        code = HTTP_CODES.get(error.status_code, "http_error")
-        return error_response(request, ApiError(error.status_code, code, str(error.detail), headers=error.headers))
+        code, message = HTTP_CODES.get(error.status_code, "http_error"), str(error.detail)
+        if error.status_code == 404:
+            message = f"{request.url.path[:100]}: there is nothing at this address; /docs lists the calls"
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{request.method} isn't possible here, only {allowed}; /docs lists the calls"
+        return error_response(request, ApiError(error.status_code, code, message, headers=error.headers))
 
     def validation(request: Request, error: Any) -> JSONResponse:
         return error_response(request, ApiError(422, "invalid_request", describe(error.errors())))
