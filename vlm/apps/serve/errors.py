@@ -24,6 +24,7 @@ PICTURE_ERRORS = {
     "damaged": (422, "unreadable_image"),
 }
 """Status and code for each reason of a DataError of the decoder."""
+_KINDS = {"str", "list[str]"}  # pydantic's names for the two forms that a field may have
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "bad_request", 415: "unsupported_media_type"}
 
 
@@ -106,6 +107,8 @@ def describe(problems: Any) -> str:
     """pydantic's list of problems in one line; values are left out, since they may be whole pictures."""
     parts = []
     for problem in list(problems)[:5]:
-        place = ".".join(str(step) for step in problem["loc"] if not str(step).startswith("function-"))
-        parts.append(f"{place}: {problem['msg'].lower()}" if place else problem["msg"].lower())
+        steps = [str(step) for step in problem["loc"]]
+        place = ".".join(step for step in steps if not step.startswith("function-") and step not in _KINDS)
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
+        parts.append(f"{place}: {message}" if place else message)
     return "; ".join(parts)
