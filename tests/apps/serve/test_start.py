@@ -14,7 +14,7 @@ from tests.tasks.small import WORDS, colour_model
 from tests.weights.made_vilt import folder_of
 from vlm.apps.serve.app import create_app
 from vlm.apps.serve.command import default_templates
-from vlm.apps.serve.config import ServeConfig
+from vlm.apps.serve.config import ServeConfig, check_names
 from vlm.data.tokenizers import clip_bpe
 
 
@@ -42,6 +42,15 @@ def test_a_model_that_fails_in_its_warm_up_is_logged_and_never_ready(caplog: pyt
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "model_failed"
         assert client.get("/healthz").status_code == 200
     assert "the model can't be run" in caplog.text and "no such kernel" in caplog.text
+
+
+def test_misspelled_variables_are_refused_and_others_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_names(["PATH", "VLM_CACHE", "VLM_DATA", "VLM_REQUIRE_BROWSER", "VLM_API_KEY", "VLM_MODEL"])
+    for name, meant in (("VLM_APIKEY", "VLM_API_KEY"), ("VLM_MAX_BYTE", "VLM_MAX_BYTES"), ("VLM_PORTS", "VLM_PORT")):
+        with monkeypatch.context() as here:
+            here.setenv(name, "1")
+            code, _, err = run("serve", "--port", "0")
+        assert code == 2 and name in err and f"did you mean {meant}?" in err
 
 
 def test_a_full_queue_refuses_before_it_reads() -> None:
