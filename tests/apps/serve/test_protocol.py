@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.apps.serve.small import Process
+from tests.apps.serve.small import Process, base64_of
+from tests.tasks.small import plain
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,13 @@ def test_wrong_addresses_and_methods_are_named(process: Process) -> None:
     ):
         answer = httpx.request(method, process.url + path)
         assert answer.status_code == status and word in answer.json()["error"]["message"]
+
+
+def test_an_offer_of_http2_is_not_taken_and_costs_no_body(process: Process) -> None:
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    content = {"images": base64_of(plain("red")), "labels": ["red", "blue"]}
+    with httpx.Client(base_url=process.url, headers=offer) as client:
+        for _ in range(2):
+            assert client.post("/v1/classify", json=content).status_code == 200
+        assert client.get("/healthz").status_code == 200
+    assert "upgrade" not in process.log().lower()

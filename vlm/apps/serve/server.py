@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import socket
 import uuid
@@ -27,6 +28,8 @@ logger = logging.getLogger("vlm.serve")
 HEAD_BYTES = 65_536
 """Longest request line and headers, apart from what one read of the socket brings."""
 
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
+
 
 class BoundedHead(HttpToolsProtocol):
     """uvicorn's protocol, which cuts a client whose request line and headers never end, and answers it in JSON."""
@@ -47,7 +50,7 @@ class BoundedHead(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feed the parser; bytes after an answer begin the next head."""
         self._moved = False
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self._in_head else data)
         if self.transport.is_closing():
             return
         if self._in_head and not self._moved:
@@ -98,6 +101,15 @@ class BoundedHead(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Bytes of a head without offers of another protocol (h2c of Java's client or curl --http2), which aren't taken.
+
+    httptools would lose the body of such a request. A header is only removed where it stands whole in `data`.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head + end[:2]) + end[2:] + rest
 
 
 def listen(host: str, port: int) -> socket.socket:
