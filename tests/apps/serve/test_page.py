@@ -57,6 +57,8 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: broken.append(str(error)))
     page.on("console", lambda line: broken.append(line.text) if "Content Security" in line.text else None)
+    # Without a listener from the start, the browser may open a chooser before playwright takes it over.
+    page.on("filechooser", lambda _: None)
     page.goto(address)
     page.bring_to_front()  # keys and file choosers belong to the page in front
     yield page
