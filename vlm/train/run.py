@@ -130,13 +130,14 @@ def train_stage(
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
     network = FAMILIES[stage].network(config.model)
+    _check_losses(config, stage, network)
     for start in config.start if before is None else ():
         start_from(network, start)
     for part in network.children():
         if hasattr(part, "checkpointing"):
             part.checkpointing = config.checkpointing  # type: ignore[assignment]
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
-    hides = "mlm" in network.loss_weights  # type: ignore[operator]
+    hides = bool(network.loss_weights.get("mlm"))  # type: ignore[operator, union-attr]
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
@@ -171,6 +172,18 @@ def train_stage(
     return position
 
 
+def _check_losses(config: RunConfig[Any], stage: str, network: nn.Module) -> None:
+    """Raises ConfigError when nothing would be learnt, or a teacher would be carried along for nothing."""
+    weights: dict[str, float] = network.loss_weights  # type: ignore[assignment]
+    if not any(weights.values()):
+        found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
+        raise ConfigError(f"nothing to learn: the losses and their weights are {found}; set one above 0 in model")
+    if config.train.teacher.decay and not hasattr(network, "teach"):
+        raise ConfigError(
+            f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
+        )
+
+
 def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
     """Teacher and queue of an official checkpoint among the starts; else the teacher is the student's copy."""
     for start in starts:
@@ -180,12 +193,30 @@ def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
 
 
 def read_run_config(stage: str, run: Path, overrides: Iterable[str] = ()) -> RunConfig[Any]:
-    """The configuration that a stage's run folder was started with. Raises ConfigError when it holds none."""
+    """The configuration that a stage's run folder was started with.
+
+    Raises ConfigError when it holds none, or that of another stage.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run}: no run to resume there (config.yaml is missing); start it without --resume")
-    found: RunConfig[Any] = load_config(run_kind(stage), path, list(overrides))
+    try:
+        found: RunConfig[Any] = load_config(run_kind(stage), path, list(overrides))
+    except ConfigError as error:
+        other = next((name for name in FAMILIES if name != stage and _reads(name, path)), None)
+        if other is None:
+            raise
+        raise ConfigError(f"{run}: a run of {other}, not of {stage}; choose another --out") from error
     return found
+
+
+def _reads(stage: str, path: Path) -> bool:
+    """Whether a file is the configuration of a stage's run."""
+    try:
+        load_config(run_kind(stage), path)
+    except ConfigError:
+        return False
+    return True
 
 
 def _log_sizes(network: nn.Module, trainer: Trainer, samples: int) -> None:
