@@ -88,7 +88,8 @@ def load_albef_training(path: Path) -> AlbefTraining:
     tensors, where = read_tensors(path), str(path)
     if not is_albef(tensors):
         raise WeightsError(
-            f"{where}: not an official ALBEF checkpoint (no {_IMAGE}.* beside {_TEXT}.*); of other models give the folder"
+            f"{where}: not an official ALBEF checkpoint (no {_IMAGE}.* beside {_TEXT}.*); of another "
+            "model give its folder"
         )
     config = infer_config(tensors, where=where)
     student = _student(tensors, config, where=where)
