@@ -118,7 +118,7 @@ def test_files_of_something_else_are_named(trained: Callable[..., Trained], tmp_
     run = tmp_path / "plain-0-shuffled-seed-0"
     run.mkdir()
     (run / RESULT).write_text(text)
-    with pytest.raises(DataError, match="result.json: no results of runs"):
+    with pytest.raises(DataError, match=r"result\.json: no results of runs"):
         call(tmp_path)
 
 

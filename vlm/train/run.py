@@ -129,8 +129,7 @@ def train_stage(
     fingerprint = source.fingerprint()
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
-    network = FAMILIES[stage].network(config.model)
-    _check_losses(config, stage, network)
+    network = _untrained(config, stage)
     for start in config.start if before is None else ():
         start_from(network, start)
     for part in network.children():
@@ -172,8 +171,9 @@ def train_stage(
     return position
 
 
-def _check_losses(config: RunConfig[Any], stage: str, network: nn.Module) -> None:
-    """Raises ConfigError when nothing would be learnt, or a teacher would be carried along for nothing."""
+def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
+    """The stage's network. Raises ConfigError when it would learn nothing, or have a teacher for nothing."""
+    network = FAMILIES[stage].network(config.model)
     weights: dict[str, float] = network.loss_weights  # type: ignore[assignment]
     if not any(weights.values()):
         found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
@@ -182,6 +182,7 @@ def _check_losses(config: RunConfig[Any], stage: str, network: nn.Module) -> Non
         raise ConfigError(
             f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
         )
+    return network
 
 
 def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
