@@ -154,6 +154,9 @@ def test_a_sharded_teacher_goes_on_from_an_official_checkpoint(folder: Path, tmp
         ("vilt", ["model.itm_weight=0", "model.mlm_weight=0", "model.wpa_weight=0"], "nothing to learn"),
         ("vilt", ["model.heads=[rank]"], "losses and their weights are none"),
         ("vilt", ["model.itm_weight=-1"], "must be at least 0"),
+        ("vilt", ["model.context_length=0"], "context_length 0: a text has at least 2 tokens"),
+        ("albef", ["model.embed_dim=0"], "embed_dim must be at least 1"),
+        ("albef", ["tokenizer=clip_bpe", "model.text.vocab_size=49408"], r"needs a tokenizer with \[MASK\]"),
     ],
 )
 def test_runs_that_would_learn_nothing_of_it_are_refused(
@@ -162,6 +165,17 @@ def test_runs_that_would_learn_nothing_of_it_are_refused(
     with pytest.raises(ConfigError, match=message):
         train_stage(settings(stage, folder, None, *changes), tmp_path / "run", ALONE, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_frozen_parts_without_a_start_are_told(
+    folder: Path, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frozen = "train.optim.freeze=[text.layers.0., image.]"
+    train_stage(settings("albef", folder, clip, frozen), tmp_path / "a", ALONE, progress=False)
+    assert "stay random" not in caplog.text
+    train_stage(settings("vilt", folder, clip), tmp_path / "vilt", ALONE, progress=False)
+    train_stage(settings("albef", folder, tmp_path / "vilt", frozen), tmp_path / "b", ALONE, progress=False)
+    assert "no start gave weights, text.layers.0." in caplog.text and "image.trunk" not in caplog.messages[-1]
 
 
 def test_a_loss_alone_trains(folder: Path, tmp_path: Path) -> None:

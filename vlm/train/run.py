@@ -21,7 +21,7 @@ from vlm.errors import ConfigError
 from vlm.train.checkpoint import Position, last_step
 from vlm.train.config import TrainConfig, load_config, to_yaml
 from vlm.train.distributed import Ranks, wait
-from vlm.train.draws import masked
+from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
 from vlm.weights.albef import load_albef_training
@@ -93,7 +93,10 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
     """
     text = getattr(config.model, "text", config.model)
     make = {"wordpiece": wordpiece, "clip_bpe": clip_bpe}[config.tokenizer]
-    tokenizer = make(max_length=min(text.context_length, config.loader.max_length or text.context_length))
+    longest = min(text.context_length, config.loader.max_length or text.context_length)
+    if longest < 2:
+        raise ConfigError(f"context_length {longest}: a text has at least 2 tokens, its start and its end")
+    tokenizer = make(max_length=longest)
     if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
             f"model.text.vocab_size is {text.vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens"
@@ -130,13 +133,15 @@ def train_stage(
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
     network = _untrained(config, stage)
-    for start in config.start if before is None else ():
-        start_from(network, start)
+    if before is None:
+        _begin(network, config)
     for part in network.children():
         if hasattr(part, "checkpointing"):
             part.checkpointing = config.checkpointing  # type: ignore[assignment]
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
     hides = bool(network.loss_weights.get("mlm"))  # type: ignore[operator, union-attr]
+    if hides:
+        check_maskable(tokenizer, whole_words=config.masking.whole_words)
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
@@ -183,6 +188,22 @@ def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
             f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
         )
     return network
+
+
+def _begin(network: nn.Module, config: RunConfig[Any]) -> None:
+    """Give the network its starting weights; warns of matrices that stay frozen at random numbers."""
+    frozen = tuple(config.train.optim.freeze)
+    chosen = {n: p for n, p in network.named_parameters() if frozen and n.startswith(frozen) and p.dim() > 1}
+    random = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    for start in config.start:
+        start_from(network, start)
+    left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
+    if left:
+        logger.warning(
+            "train.optim.freeze keeps %d matrices that no start gave weights, %s first: they stay random",
+            len(left),
+            left[0],
+        )
 
 
 def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
