@@ -112,7 +112,7 @@ class Log:
 
 def keep_until(path: Path, step: int) -> None:
     """Cut lines after `step`, and a half-written last one, from a metrics file; absent is fine."""
-    if not path.exists():
+    if not path.is_file():  # a device, such as /dev/full, may never end
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept), error=TrainingError)

@@ -139,9 +139,7 @@ def train_stage(
         if hasattr(part, "checkpointing"):
             part.checkpointing = config.checkpointing  # type: ignore[assignment]
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
-    hides = bool(network.loss_weights.get("mlm"))  # type: ignore[operator, union-attr]
-    if hides:
-        check_maskable(tokenizer, whole_words=config.masking.whole_words)
+    hides = _hides(network, tokenizer, config)
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
@@ -188,6 +186,14 @@ def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
             f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
         )
     return network
+
+
+def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> bool:
+    """Whether tokens are hidden for MLM. Raises ConfigError when the tokenizer has nothing to hide them by."""
+    hides = bool(network.loss_weights.get("mlm"))  # type: ignore[operator, union-attr]
+    if hides:
+        check_maskable(tokenizer, whole_words=config.masking.whole_words)
+    return hides
 
 
 def _begin(network: nn.Module, config: RunConfig[Any]) -> None:
