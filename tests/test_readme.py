@@ -42,7 +42,7 @@ def test_commands_are_understood(words: list[str]) -> None:
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     context = command.make_context(command.name, list(words))  # raises on an unknown option or a wrong value
-    if command.name in FAMILIES:
+    if command.name in FAMILIES and "overrides" in context.params:
         settings, size = context.params["overrides"] or [], context.params["config"] or "tiny"
         load_config(run_kind(command.name), named_config(command.name, size), settings)
 

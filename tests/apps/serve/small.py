@@ -26,6 +26,7 @@ from vlm.apps.serve.config import ServeConfig
 from vlm.apps.serve.server import listen
 
 ROOT = Path(__file__).resolve().parents[3]
+LABELS = ["red", "green", "blue"]
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **more: object) -> bytes:
@@ -36,6 +37,20 @@ def encoded(image: Image.Image, kind: str = "PNG", **more: object) -> bytes:
 
 def base64_of(image: Image.Image) -> str:
     return base64.b64encode(encoded(image)).decode()
+
+
+def classify(client, *images, labels=LABELS, **more):
+    """Ask for pictures in JSON."""
+    return client.post(
+        "/v1/classify", json={"images": [base64_of(image) for image in images], "labels": labels, **more}
+    )
+
+
+def code(response) -> tuple[int, str]:
+    """Status and code of an error, whose form is checked."""
+    body = response.json()["error"]
+    assert body["message"] and body["request_id"] == response.headers["x-request-id"]
+    return response.status_code, body["code"]
 
 
 @contextlib.contextmanager

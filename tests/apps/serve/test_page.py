@@ -51,12 +51,14 @@ def address() -> Iterator[str]:
 def page(browser: Browser, address: str) -> Iterator[Page]:
     """The page, which must ask nobody but its own service and let no script fail."""
     page = browser.new_page()
+    page.set_default_timeout(90_000)  # a machine that does other work is no failure
     asked: list[str] = []
     broken: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: broken.append(str(error)))
     page.on("console", lambda line: broken.append(line.text) if "Content Security" in line.text else None)
     page.goto(address)
+    page.bring_to_front()  # keys and file choosers belong to the page in front
     yield page
     assert asked[0] == address + "/"
     assert [url for url in asked if not url.startswith((address + "/", "blob:" + address, "data:"))] == []

@@ -80,6 +80,8 @@ class Service:
         self.labels = LabelCache(self.batcher, size=config.cached_labels)
         self.limits = ImageLimits(max_bytes=config.max_bytes, max_pixels=config.max_pixels)
         self.ready = False
+        self.waits_for = ("not_ready", "the model is being warmed up")
+        """Code and message of /readyz until the model is warm."""
         self.dimensions = 0
         """Length of a feature; known after the warm-up."""
 
@@ -102,6 +104,7 @@ class Service:
         try:
             await self._run_once()
         except Exception:
+            self.waits_for = ("model_failed", "the model can't be run; the service's log says why")
             logger.exception("the model can't be run; /readyz will stay at 503")
 
     async def _run_once(self) -> None:
@@ -249,7 +252,7 @@ def create_app(model: VisionLanguageModel, config: ServeConfig, *, templates: tu
         await service.stop()
 
     app = FastAPIOffline(
-        title="vlm", version=__version__, lifespan=lifespan, redoc_url=None,
+        title="vlm", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False,
         description="Zero-shot classification and features of pictures and texts.",
     )  # fmt: skip
     app.state.service = service
@@ -307,7 +310,7 @@ def _add_state(app: FastAPI, service: Service, guards: list[Any]) -> None:
     async def readyz() -> Health:
         """Whether the model has run once, so that a request won't wait for its first steps."""
         if not service.ready:
-            raise ApiError(503, "not_ready", "the model is being warmed up")
+            raise ApiError(503, *service.waits_for)
         return Health(status="ready")
 
     @app.get(

@@ -41,6 +41,11 @@ def serve(config: ServeConfig) -> None:
     templates = read_templates(config.templates)
     with listen(config.host, config.port) as place:
         model = load_model(config.model, config.device)
+        if not all(hasattr(model.network, verb) for verb in ("encode_image", "encode_text")):
+            raise ConfigError(
+                f"{config.model}: a {model.family} model, which has no features of a picture or a text alone; "
+                "vlm serve needs them, so name a CLIP or an ALBEF"
+            )
         pack_linears(model.network)
         app = create_app(model, config, templates=default_templates(templates, model.tokenizer))
         run(app, config, place)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -60,10 +62,21 @@ class ServeConfig:
             raise ConfigError("serve.api_key: expected visible ASCII characters without spaces, as HTTP headers allow")
 
 
+def check_names(environment: Iterable[str]) -> None:
+    """Raises ConfigError where a variable looks like an option's misspelled: a key must not be missing unnoticed."""
+    known = [f"VLM_{field.name.upper()}" for field in dataclasses.fields(ServeConfig)]
+    for name in sorted(environment):
+        if name.startswith("VLM_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if close:
+                raise ConfigError(f"environment variable {name}: no option has this name; did you mean {close[0]}?")
+
+
 def with_options(command: Callable[[ServeConfig], None]) -> Callable[..., None]:
     """A command for typer whose options are the fields of `ServeConfig`."""
 
     def run(**values: Any) -> None:
+        check_names(os.environ)
         command(ServeConfig(**values))
 
     hints = get_type_hints(ServeConfig, include_extras=True)

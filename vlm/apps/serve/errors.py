@@ -24,6 +24,7 @@ PICTURE_ERRORS = {
     "damaged": (422, "unreadable_image"),
 }
 """Status and code for each reason of a DataError of the decoder."""
+_KINDS = {"str", "list[str]"}  # pydantic's names for the two forms that a field may have
 HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "bad_request", 415: "unsupported_media_type"}
 
 
@@ -50,11 +51,15 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def error_body(code: str, message: str, request_id: str) -> dict[str, Any]:
+    """The one form, ready for JSON."""
+    return {"error": {"code": code, "message": message, "request_id": request_id}}
+
+
 def error_response(request: Request, error: ApiError) -> JSONResponse:
     """The JSON answer of an error; its code goes to the log with the request."""
-    request_id = request.scope.get("request_id", "")
     request.scope.setdefault("log", {})["error"] = error.code
-    body = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+    body = error_body(error.code, error.message, request.scope.get("request_id", ""))
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
@@ -74,8 +79,13 @@ def add_handlers(app: FastAPI) -> None:
         return error_response(request, ApiError(422, "invalid_request", str(error)))
 
     def http(request: Request, error: Any) -> JSONResponse:
-        code = HTTP_CODES.get(error.status_code, "http_error")
-        return error_response(request, ApiError(error.status_code, code, str(error.detail), headers=error.headers))
+        code, message = HTTP_CODES.get(error.status_code, "http_error"), str(error.detail)
+        if error.status_code == 404:
+            message = f"{request.url.path[:100]}: there is nothing at this address; /docs lists the calls"
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{request.method} isn't possible here, only {allowed}; /docs lists the calls"
+        return error_response(request, ApiError(error.status_code, code, message, headers=error.headers))
 
     def validation(request: Request, error: Any) -> JSONResponse:
         return error_response(request, ApiError(422, "invalid_request", describe(error.errors())))
@@ -97,6 +107,8 @@ def describe(problems: Any) -> str:
     """pydantic's list of problems in one line; values are left out, since they may be whole pictures."""
     parts = []
     for problem in list(problems)[:5]:
-        place = ".".join(str(step) for step in problem["loc"] if not str(step).startswith("function-"))
-        parts.append(f"{place}: {problem['msg'].lower()}" if place else problem["msg"].lower())
+        steps = [str(step) for step in problem["loc"]]
+        place = ".".join(step for step in steps if not step.startswith("function-") and step not in _KINDS)
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
+        parts.append(f"{place}: {message}" if place else message)
     return "; ".join(parts)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 
 from vlm.apps.serve.config import ServeConfig
 from vlm.apps.serve.errors import ApiError, describe
@@ -20,6 +23,7 @@ from vlm.tasks.templates import resolve_templates
 from vlm.tasks.zero_shot import check_labels
 
 Body = TypeVar("Body", bound=BaseModel)
+_SPACE = re.compile(r"[ \t\r\n]+")
 _HALF = re.compile("[\ud800-\udfff]")
 JSON, FORM = "application/json", "multipart/form-data"
 
@@ -102,8 +106,7 @@ async def _read_form(request: Request, kind: type[Body], lists: tuple[str, ...],
     known = list(kind.model_fields)
     images: list[bytes] = []
     values: dict[str, Any] = {}
-    # Bounds of starlette's own parser stay out of the way: the body's length is bounded already.
-    async with request.form(max_files=1000, max_fields=100_000, max_part_size=config.max_bytes) as form:
+    async with _form(request, lists[0], config) as form:
         for name, value in form.multi_items():
             if name not in known:
                 message = f"form field {name[:80]!r}{nearest(name, known)}: expected {', '.join(known)}"
@@ -123,8 +126,34 @@ async def _read_form(request: Request, kind: type[Body], lists: tuple[str, ...],
                 values[name] = value
     _check_count(len(images), config)
     if len(values.get("labels", [])) == 1:
-        values["labels"] = [part.strip() for part in values["labels"][0].split(",")]
+        only = values["labels"][0].strip()
+        if only.startswith('["') and only.endswith('"]'):
+            message = "labels: a JSON list in a form's field; repeat the field, or put commas between the labels"
+            raise ApiError(422, "invalid_request", message)
+        values["labels"] = [part.strip() for part in only.split(",")]
     return Given(images, _validated(kind, values | {"images": []}, as_json=False))
+
+
+@asynccontextmanager
+async def _form(request: Request, words: str, config: ServeConfig) -> AsyncIterator[FormData]:
+    """A form's parts, of which no more are kept than a request may hold."""
+    # As many labels, as many templates, and top_k; which of them are too many is found out later.
+    fields = 2 * config.max_labels + 10
+    try:
+        form = await request.form(max_files=config.max_images, max_fields=fields, max_part_size=config.max_bytes)
+    except HTTPException as error:
+        detail = str(error.detail)
+        if detail.startswith("Too many files"):
+            message = f"images: more than the {config.max_images:,} that a request may hold"
+            raise ApiError(422, "too_many_images", message) from error
+        if detail.startswith("Too many fields"):
+            message = f"{words}: more than the {config.max_labels:,} that a request may hold"
+            raise ApiError(422, f"too_many_{words}", message) from error
+        raise
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def _validated(kind: type[Body], values: Any, *, as_json: bool) -> Body:
@@ -140,12 +169,13 @@ def _check_count(count: int, config: ServeConfig) -> None:
 
 
 def _from_base64(text: str, number: int) -> bytes:
-    if text.startswith(("http:", "https:", "file:", "ftp:")):
+    if text[:6].lower().startswith(("http:", "https:", "file:", "ftp:")):
         message = f"image {number}: addresses aren't fetched; send the picture itself, in base64"
         raise ApiError(422, "invalid_request", message)
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(_SPACE.sub("", text), validate=True)  # many encoders break lines after 76 letters
     except (binascii.Error, ValueError) as error:
-        raise ApiError(422, "invalid_request", f"image {number}: not base64 ({error})") from error
+        message = f"image {number}: not base64 ({error}); expected a file's bytes as A-Z, a-z, 0-9, + and /"
+        raise ApiError(422, "invalid_request", message) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -23,6 +24,8 @@ SECURITY = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
+LINGER = 3.0
+"""Seconds in which a client that was refused may go on sending, so that it comes to read why."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -39,8 +42,10 @@ class RequestLog:
             return
         start = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
+        # HEAD is GET whose body the server leaves out, by its own scope, which keeps the method.
+        method = scope["method"]
+        scope = {**scope, "method": "GET" if method == "HEAD" else method, "log": {}}
         scope["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope["log"] = {}
         status = 0
 
         async def answer(message: Message) -> None:
@@ -62,15 +67,15 @@ class RequestLog:
                 raise
             await unexpected(request)(scope, receive, answer)
         finally:
-            self._record(scope, status, time.perf_counter() - start)
+            self._record(scope, method, status, time.perf_counter() - start)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        self.metrics.requests.labels(route, scope["method"], str(status)).inc()
+        self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         client = scope.get("client")
         fields = {
-            "request_id": scope["request_id"], "method": scope["method"], "path": scope["path"][:200],
+            "request_id": scope["request_id"], "method": method, "path": scope["path"][:200],
             "status": status, "ms": round(1000 * seconds, 1), "client": client[0] if client else None,
         }  # fmt: skip
         logger.info("request", extra=fields | scope["log"])
@@ -87,15 +92,26 @@ class BodyLimits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        refused = False
+
+        async def answer(message: Message) -> None:
+            if refused and message["type"] == "http.response.body" and not message.get("more_body"):
+                # Closing at once would reset the connection, and some clients (Node's) then never see the answer.
+                await send({**message, "more_body": True})
+                await _drain(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdecimal() and int(length) > self.max_bytes:
-            await error_response(Request(scope), self._too_long())(scope, receive, send)
+            refused = True
+            await error_response(Request(scope), self._too_long())(scope, receive, answer)
             return
         deadline = time.monotonic() + self.seconds
         seen, complete = 0, False
 
         async def bounded() -> Message:
-            nonlocal seen, complete
+            nonlocal seen, complete, refused
             if complete:  # what comes now is the client leaving, which may take as long as it likes
                 return await receive()
             try:
@@ -106,15 +122,24 @@ class BodyLimits:
             complete = not message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.max_bytes:
+                refused = not complete
                 raise self._too_long()
             return message
 
-        await self.app(scope, bounded, send)
+        await self.app(scope, bounded, answer)
 
     def _too_long(self) -> ApiError:
         # Without closing, the rest of the body would have to be read to find the next request.
         message = f"the request is longer than {self.max_bytes:,} bytes; send fewer or smaller pictures"
         return ApiError(413, "body_too_large", message, headers={"Connection": "close"})
+
+
+async def _drain(receive: Receive) -> None:
+    """Read and forget what still comes of a body, for LINGER seconds at most."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await receive()).get("more_body"):
+                pass
 
 
 def json_logging(level: int = logging.INFO) -> dict[str, Any]:
