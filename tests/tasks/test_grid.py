@@ -100,6 +100,17 @@ def test_results_of_other_settings_are_refused(
         run_grid("albef", cells, out=tmp_path, **more | {"seeds": [0]})  # type: ignore[arg-type]
 
 
+def test_results_of_another_tiny_recipe_are_refused(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    """The same options mean something else once the file behind them has changed."""
+    trained()
+    known = [one | {"recipe": "of before"} for one in call(tmp_path, seeds=[0])]
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        call(tmp_path / "other", known=known)
+    (tmp_path / "plain-0-shuffled-seed-0" / RESULT).write_text(json.dumps(known[0]))
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        call(tmp_path, seeds=[0])
+
+
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "plain-0-shuffled-seed-0"
     run.mkdir()

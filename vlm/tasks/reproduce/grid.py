@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 from vlm.errors import ConfigError, DataError
 from vlm.files import write_text
 from vlm.tasks.metrics import mean_interval
-from vlm.train.config import load_config, named_config
+from vlm.train.config import load_config, named_config, to_yaml
 from vlm.train.distributed import ranks
 from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
 
@@ -63,7 +64,8 @@ def run_grid(
     Returns the results. Raises ConfigError when one in `out` or a known one was made by another recipe, DataError
     when one can't be read.
     """
-    _check_known(known, cells, list(recipe))
+    whole = _digest(stage, recipe)
+    _check_known(known, cells, list(recipe), whole)
     found: list[dict[str, Any]] = []
     seeds = list(dict.fromkeys(seeds))
     total = len(cells) * len(seeds)
@@ -71,12 +73,14 @@ def run_grid(
         for cell in cells:
             run = out / f"{cell.folder}-seed-{seed}"
             settings = [*recipe, *cell.changes, f"train.seed={seed}"]
-            result = next((one for one in known if one["settings"] == settings), None) or _finished(run, settings)
+            result = next((one for one in known if one["settings"] == settings), None) or _finished(
+                run, settings, whole
+            )
             if result is None:
                 logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
                 _train(stage, run, settings, device)
                 result = {"row": cell.row, "column": cell.column, "seed": seed, "settings": settings}
-                result |= {"figures": measure(run)}
+                result |= {"recipe": whole, "figures": measure(run)}
                 write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             found.append(result)
@@ -100,24 +104,31 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str]) -> None:
+def _digest(stage: str, recipe: Sequence[str]) -> str:
+    """What tells one recipe from another, the settings of the `tiny` file included."""
+    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(recipe))
+    return hashlib.sha256(to_yaml(config).encode("utf-8")).hexdigest()[:16]
+
+
+def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: str) -> None:
     """Raises ConfigError for results that can't stand in one table with those of this call."""
     changes = {(cell.row, cell.column): list(cell.changes) for cell in cells}
     for one in known:
         shared, own = one["settings"][: len(recipe)], one["settings"][len(recipe) : -1]
-        if shared != recipe or own != changes.get((one["row"], one["column"]), own):
+        same = one.get("recipe", whole) == whole
+        if not same or shared != recipe or own != changes.get((one["row"], one["column"]), own):
             raise ConfigError(
                 f"the known result of {one['row']!r}, {one['column']!r}, seed {one['seed']} was made with other "
                 f"settings ({one['settings']}); give the same options, or choose another --table"
             )
 
 
-def _finished(run: Path, settings: list[str]) -> dict[str, Any] | None:
+def _finished(run: Path, settings: list[str], whole: str) -> dict[str, Any] | None:
     path = run / RESULT
     if not path.is_file():
         return None
     (result,) = read_results(path)
-    if result["settings"] != settings:
+    if result["settings"] != settings or result.get("recipe", whole) != whole:
         raise ConfigError(f"{run}: was made with other settings ({result['settings']}); choose another --out")
     return result
 
