@@ -74,7 +74,8 @@ def main() -> None:
         found[model.name] = jobs
         rows += rows_of(model.name, jobs)
     values = {
-        "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)} --galleries {options.galleries}",
+        "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)} --galleries {options.galleries} "
+        f"--name {options.name}",
         "machine": machine("cpu"),
         "versions": versions("torch", "timm"),
         "stages": found,

@@ -87,6 +87,21 @@ def test_what_is_no_run_is_refused(run: Run, tmp_path: Path, content: str | None
     assert done.code == 2 and "metrics.jsonl" in done.err and "expected" in done.err
 
 
+@pytest.mark.parametrize("line", ['{"step": "a", "loss": 1}', '{"kind": "train", "step": 3, "loss": null}'])
+def test_lines_of_something_else_are_named(run: Run, tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n' + line + "\n")
+    done = run("doctor", tmp_path)
+    assert done.code == 2 and "line 2" in done.err and "expected a number" in done.err
+
+
+def test_what_cannot_be_read_is_told_once(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "page.md").write_text("no\nmetrics\nat all\n")
+    assert run("doctor", tmp_path / "page.md").code == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'page.md'}: 3 lines that can't be read, as after a kill, left out"
+    ]
+
+
 def test_a_bad_configuration_is_named(run: Run, folder: Path) -> None:
     (folder / "config.yaml").write_text("loader: {batch_size: many}\ntrain: {epochs: 2.0}\n")
     done = run("doctor", folder)

@@ -15,6 +15,7 @@ from tests.tasks.fused import fused_model, pair_model
 from tests.tasks.small import class_folders, noise, plain
 from vlm.data.sources import open_source
 from vlm.tasks.evaluate import evaluate_zero_shot
+from vlm.tasks.matching import evaluate_matching
 from vlm.tasks.retrieval import evaluate_retrieval
 
 COLUMNS = "concept\tname\tgroup\tflag\n"
@@ -123,6 +124,25 @@ def test_retrieval_with_re_ranking(run: Run, classes: Path, tmp_path: Path, monk
     assert run(*where, "pairs", "--rerank", 2).code == 2
     wrong = run(*where, "fused", "--rerank", 2, "--score", "mean")
     assert wrong.code == 2 and "itm+itc" in wrong.err
+
+
+def test_matching(run: Run, model: str, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "has no match" in run("eval", "matching", "-d", classes, "-m", model).err
+    monkeypatch.setattr("vlm.weights.load.load", lambda *_, **__: pair_model())
+    done = run("eval", "matching", "-d", classes, "-m", "pairs", "--seed", 4, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    report = evaluate_matching(pair_model(), open_source(classes), seed=4)
+    written = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert written == report.as_dict() | {"seed": 4} and written["order"]["count"] == 6
+    assert "6 pictures, each with two texts" in done.out
+    assert f"{100 * report.order.value:.1f} [" in done.out and f"{100 * report.accuracy.value:.1f} [" in done.out
+    gone = run("eval", "matching", "-d", tmp_path / "gone", "-m", "pairs")
+    assert gone.code == 2 and "gone" in gone.err
+
+
+def test_a_score_without_re_ranking_is_refused(run: Run, model: str, classes: Path) -> None:
+    done = run("eval", "retrieval", "-d", classes, "-m", model, "--score", "itm+itc")
+    assert done.code == 2 and "rerank is 0" in done.err
 
 
 def test_re_ranking_needs_a_model_that_can(run: Run, model: str, classes: Path) -> None:

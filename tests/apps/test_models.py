@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ import torch
 
 import vlm
 from tests.apps.conftest import Run
-from tests.tasks.small import class_folders, noise, random_model
+from tests.tasks.fused import PLAIN, pair_model
+from tests.tasks.small import WORDS, class_folders, noise, random_model
+from tests.weights.albef_reference import reference
+from vlm.models.vilt import Vilt
+from vlm.weights.loaded import VisionLanguageModel
 
 
 @pytest.fixture
@@ -76,6 +81,48 @@ def test_a_bidirectional_text_tower_goes_nowhere_else(run: Run, model: str, tmp_
     done = run("export", "--model", model, "--to", to, "--out", tmp_path / "copy")
     assert done.code == 2 and "Traceback" not in done.err and len(done.err) > 40
     assert not (tmp_path / "copy").exists()
+
+
+def test_export_of_an_official_albef(run: Run, tmp_path: Path) -> None:
+    first, again = tmp_path / "ALBEF.pth", tmp_path / "again.pth"
+    stored = reference().checkpoint()
+    torch.save({"model": stored}, first)
+    done = run("export", "--model", first, "--to", "official", "--out", again)
+    assert done.code == 0 and f"written to {again}" in done.out, done.err
+    found = torch.load(again, weights_only=True)["model"]
+    only_training = ("_m.", "queue")
+    assert set(found) == {name for name in stored if not any(part in name for part in only_training)}
+    for name, value in found.items():
+        torch.testing.assert_close(value, stored[name], msg=lambda text, name=name: f"{name}: {text}")
+    refused = run("export", "--model", first, "--to", "hf", "--out", tmp_path / "hf")
+    assert refused.code == 2 and "CLIPModel" in refused.err and not (tmp_path / "hf").exists()
+
+
+def test_export_of_a_vilt(run: Run, tmp_path: Path) -> None:
+    inner = pair_model()
+    model = VisionLanguageModel(Vilt(inner.network.config), WORDS, PLAIN, name="small-vilt", family="vilt")
+    model.save(tmp_path / "own")
+    done = run("export", "--model", tmp_path / "own", "--to", "hf", "--out", tmp_path / "hf")
+    assert done.code == 0, done.err
+    again = vlm.load(tmp_path / "hf", device="cpu")
+    pixels, tokens = torch.randn(2, 3, 16, 16), WORDS(["a red thing", "sky"])
+    with torch.no_grad():
+        torch.testing.assert_close(again.match(pixels, tokens), model.network.eval().match(pixels, tokens))
+    refused = run("export", "--model", tmp_path / "own", "--to", "official", "--out", tmp_path / "x.pth")
+    assert refused.code == 2 and "only ALBEF" in refused.err and not (tmp_path / "x.pth").exists()
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "notes").write_text("mine")
+    assert run("export", "--model", tmp_path / "own", "--to", "hf", "--out", tmp_path / "again").code == 2
+    assert (tmp_path / "again" / "notes").read_text() == "mine"
+
+
+def test_a_padded_vilt_goes_nowhere_else(run: Run, tmp_path: Path) -> None:
+    model = pair_model(transform=dataclasses.replace(PLAIN, resize="pad"))
+    VisionLanguageModel(Vilt(model.network.config), WORDS, model.transform, name="padded", family="vilt").save(
+        tmp_path / "own"
+    )
+    done = run("export", "--model", tmp_path / "own", "--to", "hf", "--out", tmp_path / "hf")
+    assert done.code == 2 and "preprocessed by 'pad'" in done.err and not (tmp_path / "hf").exists()
 
 
 def test_bad_export(run: Run, model: str, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.models.small_vilt import ALL_HEADS, IMAGE, SMALL, build, pictures, texts
 from vlm.errors import ConfigError, MissingVerbError
 from vlm.models.vilt import Vilt
-from vlm.objectives.downstream import classes, ranking, soft_answers
+from vlm.models.vilt_heads import head_loss
+from vlm.objectives.mlm import IGNORED
 
 
 def close(a: Tensor, b: Tensor, within: float = 1e-6) -> None:
@@ -22,13 +24,28 @@ def test_every_head_learns_from_labels() -> None:
     network, tokens, pixels = build(ALL_HEADS).train(), texts([4, 5, 6, 4]), pictures(4)
     pair = torch.stack([pixels, pictures(4, seed=7)], dim=1)
     scores = torch.tensor([[1.0, 0.0, 0.3], [0.0, 0.6, 0.0], [0.0, 0.0, 1.0], [1.0, 0.9, 0.0]])
-    losses = {
-        "rank": ranking(network.rank_scores(pixels, tokens).view(2, 2), torch.tensor([0, 1])),
-        "vqa": soft_answers(network.vqa_logits(pixels, tokens), scores),
-        "nlvr2": classes(network.nlvr2_logits(pair, tokens), torch.tensor([0, 1, 1, 0])),
-        "itm": classes(network.match(pixels, tokens), torch.tensor([1, 0, 1, 0])),
-        "mlm": classes(network.mlm_logits(pixels, tokens)[:, 1], torch.tensor([7, 8, 9, 10])),
+    hidden = torch.full_like(tokens.input_ids, IGNORED)
+    hidden[:, 1] = torch.tensor([7, 8, 9, 10])
+    labels = {
+        "rank": torch.tensor([0, 1]),
+        "vqa": scores,
+        "nlvr2": torch.tensor([0, 1, 1, 0]),
+        "itm": torch.tensor([True, False, True, False]),
+        "mlm": hidden,
     }
+    losses = {
+        name: head_loss(network, name, pair if name == "nlvr2" else pixels, tokens, given)
+        for name, given in labels.items()
+    }
+    by_hand = {
+        "rank": F.cross_entropy(network.rank_scores(pixels, tokens).view(2, 2), labels["rank"]),
+        "vqa": F.binary_cross_entropy_with_logits(network.vqa_logits(pixels, tokens), scores) * 3,
+        "nlvr2": F.cross_entropy(network.nlvr2_logits(pair, tokens), labels["nlvr2"]),
+        "itm": F.cross_entropy(network.match(pixels, tokens), labels["itm"].long()),
+        "mlm": F.cross_entropy(network.mlm_logits(pixels, tokens)[:, 1], hidden[:, 1]),
+    }
+    for name, loss in by_hand.items():
+        close(losses[name], loss)
     for name, loss in losses.items():
         network.zero_grad()
         loss.backward()
@@ -66,6 +83,32 @@ def test_a_missing_head_is_named(verb: str) -> None:
     name = {"match": "itm", "mlm_logits": "mlm"}.get(verb, verb.split("_")[0])
     with pytest.raises(MissingVerbError, match=f"no {name} head \\(it has: none\\)"):
         getattr(build(replace(SMALL, heads=())), verb)(pictures(1), texts([4]))
+
+
+def test_labels_that_cannot_be_used() -> None:
+    network, tokens, pixels = build(ALL_HEADS), texts([4, 5, 6]), pictures(3)
+    with pytest.raises(ValueError, match="2 queries don't divide 3 pairs"):
+        head_loss(network, "rank", pixels, tokens, torch.tensor([0, 1]))
+    with pytest.raises(ConfigError, match="unknown head 'vqaa'"):
+        head_loss(network, "vqaa", pixels, tokens, torch.zeros(3))
+    with pytest.raises(MissingVerbError, match="no vqa head"):
+        head_loss(build(), "vqa", pixels, tokens, torch.zeros(3, 2))
+    nothing = torch.full_like(tokens.input_ids, IGNORED)
+    assert head_loss(network, "mlm", pixels, tokens, nothing) == 0
+
+
+@torch.no_grad()
+def test_padding_costs_nothing() -> None:
+    network, tokens, pixels = build(ALL_HEADS), texts([4, 5]), pictures(2)
+    padded = F.pad(pixels, (0, 8, 0, 8))
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[:, :24, :24] = True
+    for name, labels in {"itm": torch.tensor([1, 0]), "rank": torch.tensor([1]), "vqa": torch.ones(2, 3)}.items():
+        close(
+            head_loss(network, name, padded, tokens, labels, pixel_mask=mask),
+            head_loss(network, name, pixels, tokens, labels),
+            1e-5,
+        )
 
 
 def test_the_plan_carries_words_to_patches() -> None:

@@ -6,8 +6,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from vlm.tasks.metrics import Figure, bootstrap, chance_at, grouped_share, ranks_of_best, share, wilson
+from vlm.tasks.metrics import Figure, bootstrap, chance_at, grouped_share, mean_interval, ranks_of_best, share, wilson
 
 
 def test_wilson_by_hand() -> None:
@@ -103,3 +104,20 @@ def test_chance_against_all_draws(k: int) -> None:
         draws = list(combinations(range(6), min(k, 6)))
         expected.append(np.mean([any(row[column] for column in draw) for draw in draws]))
     assert chance_at(k, positives) == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 16])
+def test_mean_of_runs_against_scipy(count: int) -> None:
+    values = np.random.default_rng(count).normal(3.0, 2.0, count)
+    half = stats.t.ppf(0.975, count - 1) * stats.sem(values)
+    mean, low, high = mean_interval(values.tolist())
+    assert mean == pytest.approx(values.mean())
+    assert (mean - low, high - mean) == pytest.approx((half, half), rel=5e-4)  # the table has three decimals
+
+
+def test_mean_of_one_run_and_of_many() -> None:
+    assert mean_interval([2.5]) == (2.5, 2.5, 2.5)
+    values = np.random.default_rng(0).normal(0.0, 1.0, 40)
+    exact = stats.t.ppf(0.975, 39) * stats.sem(values)
+    _, low, high = mean_interval(values.tolist())
+    assert exact < (high - low) / 2 < 1.06 * exact  # beyond the table a little too wide, never too narrow

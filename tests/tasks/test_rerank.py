@@ -189,3 +189,5 @@ def test_what_cannot_be_asked_for(source: Any) -> None:
         evaluate_retrieval(fused_model(), source, rerank=-1)
     with pytest.raises(ConfigError, match="expected one of itm, itm"):
         evaluate_retrieval(fused_model(), source, rerank=2, score="mean")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="rerank is 0"):
+        evaluate_retrieval(fused_model(), source, score="itm+itc")

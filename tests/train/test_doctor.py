@@ -99,6 +99,11 @@ def test_itm_chance_of_equal_halves() -> None:
     assert names(made(lambda s, d: {"itm": LN2, "itm_accuracy": 0.8})) == []
 
 
+def test_itm_chance_of_an_albef_without_a_contrast() -> None:
+    stuck = made(lambda s, d: {"itm": THIRD, "itm_accuracy": 0.667, "scale": 14.3}, without=("itc", "teacher_distance"))
+    assert names(stuck) == ["wrong: itm at chance"]
+
+
 def test_a_young_run_is_only_watched() -> None:
     run = made(lambda s, d: {"itm": THIRD, "itm_accuracy": 0.667, "itc": math.log(1024)})
     young = replace(run, lines=[{**line, "step": line["step"] // 10} for line in run.lines], planned=0)

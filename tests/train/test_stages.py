@@ -123,6 +123,81 @@ def test_pre_training_goes_on_from_an_official_checkpoint(folder: Path, tmp_path
     torch.testing.assert_close(held["teacher"][name], moved)
 
 
+def going_on(here, path: str, folder: str, run: str) -> None:
+    """A step at rate 0 from an official checkpoint; the teacher is a hundredth nearer to the student after it."""
+    official = load_albef_training(Path(path))
+    changes = [
+        *COMMON[1:], f"data={json.dumps([folder])}", f"start={json.dumps([path])}", "validation=[]", "train.optim.lr=0",
+        "train.steps=1", f"train.teacher.queue={QUEUE}", "train.parallel=fsdp",
+    ]  # fmt: skip
+    fitting = load_config(run_kind("albef"), named_config("albef", "tiny"), changes)
+    train_stage(RunConfig(**{**vars(fitting), "model": official.config}), Path(run), here, progress=False)
+
+
+def test_a_sharded_teacher_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path) -> None:
+    path, run = tmp_path / "ALBEF.pth", tmp_path / "run"
+    torch.save({"model": reference().checkpoint()}, path)
+    official = load_albef_training(path)
+    spawn(going_on, str(path), str(folder), str(run))
+    held = {"teacher": {name: torch.zeros_like(value) for name, value in official.teacher.items()}}
+    dcp.load(held, checkpoint_id=run / "checkpoints" / "step-00000001" / "state", no_dist=True)
+    for name, value in official.teacher.items():
+        moved = value.lerp(official.network[name], 1 - 0.995)
+        torch.testing.assert_close(held["teacher"][name], moved, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("vilt", ["train.teacher.decay=0.9"], "vilt has no loss with a teacher"),
+        ("clip", ["train.teacher.decay=0.9"], "clip has no loss with a teacher"),
+        ("vilt", ["model.itm_weight=0", "model.mlm_weight=0", "model.wpa_weight=0"], "nothing to learn"),
+        ("vilt", ["model.heads=[rank]"], "losses and their weights are none"),
+        ("vilt", ["model.itm_weight=-1"], "must be at least 0"),
+        ("vilt", ["model.context_length=0"], "context_length 0: a text has at least 2 tokens"),
+        ("albef", ["model.embed_dim=0"], "embed_dim must be at least 1"),
+        ("albef", ["tokenizer=clip_bpe", "model.text.vocab_size=49408"], r"needs a tokenizer with \[MASK\]"),
+    ],
+)
+def test_runs_that_would_learn_nothing_of_it_are_refused(
+    folder: Path, tmp_path: Path, stage: str, changes: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_stage(settings(stage, folder, None, *changes), tmp_path / "run", ALONE, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_frozen_parts_without_a_start_are_told(
+    folder: Path, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frozen = "train.optim.freeze=[text.layers.0., image.]"
+    train_stage(settings("albef", folder, clip, frozen), tmp_path / "a", ALONE, progress=False)
+    assert "stay random" not in caplog.text
+    train_stage(settings("vilt", folder, clip), tmp_path / "vilt", ALONE, progress=False)
+    train_stage(settings("albef", folder, tmp_path / "vilt", frozen), tmp_path / "b", ALONE, progress=False)
+    assert "no start gave weights, text.layers.0." in caplog.text and "image.trunk" not in caplog.messages[-1]
+
+
+def test_a_loss_alone_trains(folder: Path, tmp_path: Path) -> None:
+    """ViLT by MLM alone; ALBEF without MLM, whose tokenizer then needs no [MASK]."""
+    train_stage(settings("vilt", folder, None, "model.heads=[mlm]"), tmp_path / "vilt", ALONE, progress=False)
+    assert len(curve(tmp_path / "vilt", "mlm")) == 6
+    line = read_metrics(tmp_path / "vilt" / "metrics.jsonl")[0]
+    assert not {"itm", "wpa"} & set(line) and line["loss"] == pytest.approx(line["mlm"])
+    text = "model.text.vocab_size=49408"
+    without = settings("albef", folder, None, "model.mlm_weight=0", "tokenizer=clip_bpe", text)
+    train_stage(without, tmp_path / "albef", ALONE, progress=False)
+    assert "mlm" not in read_metrics(tmp_path / "albef" / "metrics.jsonl")[0]
+
+
+def test_a_run_of_another_stage_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    train_stage(settings("vilt", folder), tmp_path / "vilt", ALONE, progress=False)
+    with pytest.raises(ConfigError, match="a run of vilt, not of albef"):
+        read_run_config("albef", tmp_path / "vilt")
+    with pytest.raises(ConfigError, match="unknown key rate"):
+        read_run_config("vilt", tmp_path / "vilt", ["train.rate=1"])
+
+
 def test_shuffled_texts_are_a_share_and_foreign() -> None:
     found = shuffled_texts(1000, 0.2, seed=3)
     assert len(found) == 200 and sorted(found) == sorted(found.values())

@@ -62,6 +62,17 @@ def test_a_clip_of_another_shape_is_refused(tmp_path: Path, image: dict[str, int
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_a_text_encoder_cannot_start_it() -> None:
+    with pytest.raises(WeightsError, match="can't start a Vilt, which has no text tower"):
+        start_from(build(), "minilm")
+
+
+def test_a_file_that_is_no_official_checkpoint_is_refused(tmp_path: Path) -> None:
+    clip_folder(tmp_path / "clip")
+    with pytest.raises(WeightsError, match="not an official ALBEF checkpoint"):
+        start_from(build(), str(tmp_path / "clip" / "model.safetensors"))
+
+
 def test_fine_tuned_heads_start_from_pre_training(tmp_path: Path) -> None:
     config = replace(SMALL, vocab_size=30522)
     first = build(config)

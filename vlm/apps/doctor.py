@@ -49,6 +49,7 @@ def read_run(run: Path, pictures: int = 0) -> Run:
     folder, path = (run, run / "metrics.jsonl") if run.is_dir() else (run.parent, run)
     try:
         lines = [line for line in read_metrics(path) if isinstance(line, dict) and "step" in line]
+        _check_lines(lines, path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "") or error
         raise ConfigError(f"{path}: can't be read ({reason}); expected the folder of a training run") from error
@@ -69,6 +70,19 @@ def read_run(run: Path, pictures: int = 0) -> Run:
         unreadable=unreadable,
         tried=tried,
     )
+
+
+def _check_lines(lines: list[dict[str, Any]], path: Path) -> None:
+    """Raises ConfigError for a line whose values aren't numbers."""
+    from vlm.errors import ConfigError
+
+    for number, line in enumerate(lines, 1):
+        wrong = [name for name, value in line.items() if name != "kind" and not isinstance(value, int | float)]
+        if wrong:
+            raise ConfigError(
+                f"{path}, line {number} with a step: {wrong[0]} is {line[wrong[0]]!r}, expected a number; these aren't "
+                "the metrics of a training run"
+            )
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -61,16 +61,10 @@ def albef(
 
 def _known(table: Path | None) -> list[dict[str, Any]]:
     """Results of an earlier call, which may have run elsewhere. Raises DataError when they can't be read."""
-    from vlm.errors import DataError
+    from vlm.tasks.reproduce.grid import read_results
 
     path = table.with_name(table.name + ".json") if table is not None else None
-    if path is None or not path.is_file():
-        return []
-    try:
-        found: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["results"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a table of results ({error}); choose another --table, or delete it") from error
-    return found
+    return read_results(path) if path is not None and path.is_file() else []
 
 
 def _write(results: list[dict[str, Any]], text: str, table: Path | None) -> None:

@@ -78,7 +78,9 @@ def pool_text(states: Tensor, mask: Tensor, pool: str) -> Tensor:
 
 
 def projection(width: int, embed_dim: int, *, bias: bool) -> nn.Linear:
-    """The linear map of a tower's pooled states to the common space."""
+    """The linear map of a tower's pooled states to the common space. Raises ConfigError for a space without width."""
+    if embed_dim < 1:
+        raise ConfigError(f"embed_dim must be at least 1, got {embed_dim}")
     linear = nn.Linear(width, embed_dim, bias=bias)
     nn.init.normal_(linear.weight, std=width**-0.5)
     if bias:

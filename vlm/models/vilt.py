@@ -134,7 +134,7 @@ class Vilt(nn.Module):
         if pairs is None:
             masks = {} if batch.pixel_mask is None else {"pixel_mask": batch.pixel_mask}
             return Encoded({}, {}, {"pixels": batch.pixels, **masks})
-        parts = self._match_parts(batch, pairs)
+        parts = {} if self.itm is None else self._match_parts(batch, pairs)
         return parts if batch.masked_ids is None or self.mlm is None else parts | self._mlm_parts(batch)
 
     def contrast(
@@ -174,7 +174,8 @@ class Vilt(nn.Module):
         same = positives(row_ids, ids)  # (b, B)
         other = draw_negatives(torch.ones_like(same, dtype=torch.float32), same, draws("image", 1)[:, 0].to(ids.device))
         replaced = draws("replace", 1)[:, 0].to(ids.device) < 0.5
-        counts = dict.fromkeys(("itm", "wpa", "itm_accuracy"), len(batch))
+        matched = ("itm", "itm_accuracy", "wpa") if self.config.wpa_weight else ("itm", "itm_accuracy")
+        counts = {} if self.itm is None else dict.fromkeys(matched, len(batch))
         if batch.labels is not None:
             counts |= dict.fromkeys(("mlm", "mlm_accuracy"), int((batch.labels != IGNORED).sum()))
         return Choice({"image": torch.where(replaced, other, -1)}, counts)
@@ -284,5 +285,8 @@ def _check(config: ViltConfig) -> None:
             raise ConfigError(f"unknown head {head!r}{nearest(head, HEADS)}; choose from {', '.join(HEADS)}")
     if ("vqa" in config.heads) != bool(config.answers):
         raise ConfigError(f"heads {config.heads} and {len(config.answers)} answers: a vqa head needs both or neither")
+    weights = (config.itm_weight, config.mlm_weight, config.wpa_weight)
+    if min(weights) < 0:
+        raise ConfigError(f"itm_weight, mlm_weight and wpa_weight {weights} must be at least 0")
     if config.image.patch_dropout:
         raise ConfigError("image.patch_dropout must be 0: ViLT's words look at all patches")

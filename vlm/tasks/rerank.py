@@ -230,4 +230,6 @@ def check_rerank(k: int, score: str) -> Score:
         raise ConfigError(f"rerank must be 0 (off) or the number of candidates to score again, got {k}")
     if score not in SCORES:
         raise ConfigError(f"score {score!r}: expected one of {', '.join(SCORES)}")
+    if score != "itm" and not k:
+        raise ConfigError(f"score {score!r} orders what is re-ranked, and rerank is 0; give the number of candidates")
     return "itm" if score == "itm" else "itm+itc"

@@ -119,7 +119,7 @@ def _itm_at_chance(run: Run) -> Finding | None:
     loss, accuracy = run.end("itm"), run.end("itm_accuracy")
     if loss is None:
         return None
-    matched = 1 / 3 if run.values("itc") else 1 / 2
+    matched = 1 / 3 if run.values("scale") else 1 / 2  # ViLT has no temperature; an ALBEF may have no ITC
     chance = -matched * math.log(matched) - (1 - matched) * math.log(1 - matched)
     # A loss near chance with an accuracy well above it ranks pairs, and is only badly calibrated.
     if loss < (1 - NEAR) * chance or (accuracy is not None and accuracy > 1 - matched + 0.03):

@@ -26,16 +26,22 @@ def uniform(keys: Sequence[str], *, seed: int, moment: str, name: str, count: in
     return torch.from_numpy(rows)
 
 
+def check_maskable(tokenizer: Any, *, whole_words: bool) -> None:
+    """Raises ConfigError when the tokenizer has no [MASK] or, for whole words, can't tell where words begin."""
+    if tokenizer.mask_id is None:
+        raise ConfigError("masked language modelling needs a tokenizer with [MASK]; set tokenizer=wordpiece")
+    if whole_words and tokenizer.kind != "wordpiece":
+        raise ConfigError(f"masking.whole_words: a {tokenizer.kind} vocabulary doesn't mark where words begin")
+
+
 def masked(
     batches: Iterable[Any], tokenizer: Any, *, share: float, whole_words: bool, seed: int, epoch: int
 ) -> Iterable[Any]:
     """The batches with tokens hidden for MLM; which ones depends on seed, epoch and sample alone.
 
-    share: chance of a token or, with `whole_words`, of a word. Raises ConfigError when the tokenizer has no
-    [MASK], or can't tell where words begin.
+    share: chance of a token or, with `whole_words`, of a word. Raises ConfigError as `check_maskable`.
     """
-    if tokenizer.mask_id is None:
-        raise ConfigError("masked language modelling needs a tokenizer with [MASK]; set tokenizer=wordpiece")
+    check_maskable(tokenizer, whole_words=whole_words)
     continues = tokenizer.continues() if whole_words else None  # (V,)
     special = torch.tensor([tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id])
     for batch in batches:

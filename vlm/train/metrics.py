@@ -112,22 +112,24 @@ class Log:
 
 def keep_until(path: Path, step: int) -> None:
     """Cut lines after `step`, and a half-written last one, from a metrics file; absent is fine."""
-    if not path.exists():
+    if not path.is_file():  # a device, such as /dev/full, may never end
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept), error=TrainingError)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; a last line cut by a kill is left out."""
-    lines = []
+    """The lines of a run's ``metrics.jsonl``; those that aren't JSON, such as one cut by a kill, are left out."""
+    lines, left_out = [], 0
     for text in path.read_text("utf-8").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
-            logger.warning("%s: a line that a kill cut off is left out", path)
+            left_out += 1
             continue
         lines.append(line)
+    if left_out:
+        logger.warning("%s: %d lines that can't be read, as after a kill, left out", path, left_out)
     return lines
 
 

@@ -21,7 +21,7 @@ from vlm.errors import ConfigError
 from vlm.train.checkpoint import Position, last_step
 from vlm.train.config import TrainConfig, load_config, to_yaml
 from vlm.train.distributed import Ranks, wait
-from vlm.train.draws import masked
+from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
 from vlm.weights.albef import load_albef_training
@@ -93,7 +93,10 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
     """
     text = getattr(config.model, "text", config.model)
     make = {"wordpiece": wordpiece, "clip_bpe": clip_bpe}[config.tokenizer]
-    tokenizer = make(max_length=min(text.context_length, config.loader.max_length or text.context_length))
+    longest = min(text.context_length, config.loader.max_length or text.context_length)
+    if longest < 2:
+        raise ConfigError(f"context_length {longest}: a text has at least 2 tokens, its start and its end")
+    tokenizer = make(max_length=longest)
     if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
             f"model.text.vocab_size is {text.vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens"
@@ -129,14 +132,14 @@ def train_stage(
     fingerprint = source.fingerprint()
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
-    network = FAMILIES[stage].network(config.model)
-    for start in config.start if before is None else ():
-        start_from(network, start)
+    network = _untrained(config, stage)
+    if before is None:
+        _begin(network, config)
     for part in network.children():
         if hasattr(part, "checkpointing"):
             part.checkpointing = config.checkpointing  # type: ignore[assignment]
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
-    hides = "mlm" in network.loss_weights  # type: ignore[operator]
+    hides = _hides(network, tokenizer, config)
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
@@ -171,6 +174,44 @@ def train_stage(
     return position
 
 
+def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
+    """The stage's network. Raises ConfigError when it would learn nothing, or have a teacher for nothing."""
+    network = FAMILIES[stage].network(config.model)
+    weights: dict[str, float] = network.loss_weights  # type: ignore[assignment]
+    if not any(weights.values()):
+        found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
+        raise ConfigError(f"nothing to learn: the losses and their weights are {found}; set one above 0 in model")
+    if config.train.teacher.decay and not hasattr(network, "teach"):
+        raise ConfigError(
+            f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
+        )
+    return network
+
+
+def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> bool:
+    """Whether tokens are hidden for MLM. Raises ConfigError when the tokenizer has nothing to hide them by."""
+    hides = bool(network.loss_weights.get("mlm"))  # type: ignore[operator, union-attr]
+    if hides:
+        check_maskable(tokenizer, whole_words=config.masking.whole_words)
+    return hides
+
+
+def _begin(network: nn.Module, config: RunConfig[Any]) -> None:
+    """Give the network its starting weights; warns of matrices that stay frozen at random numbers."""
+    frozen = tuple(config.train.optim.freeze)
+    chosen = {n: p for n, p in network.named_parameters() if frozen and n.startswith(frozen) and p.dim() > 1}
+    random = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    for start in config.start:
+        start_from(network, start)
+    left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
+    if left:
+        logger.warning(
+            "train.optim.freeze keeps %d matrices that no start gave weights, %s first: they stay random",
+            len(left),
+            left[0],
+        )
+
+
 def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
     """Teacher and queue of an official checkpoint among the starts; else the teacher is the student's copy."""
     for start in starts:
@@ -180,12 +221,30 @@ def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
 
 
 def read_run_config(stage: str, run: Path, overrides: Iterable[str] = ()) -> RunConfig[Any]:
-    """The configuration that a stage's run folder was started with. Raises ConfigError when it holds none."""
+    """The configuration that a stage's run folder was started with.
+
+    Raises ConfigError when it holds none, or that of another stage.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run}: no run to resume there (config.yaml is missing); start it without --resume")
-    found: RunConfig[Any] = load_config(run_kind(stage), path, list(overrides))
+    try:
+        found: RunConfig[Any] = load_config(run_kind(stage), path, list(overrides))
+    except ConfigError as error:
+        other = next((name for name in FAMILIES if name != stage and _reads(name, path)), None)
+        if other is None:
+            raise
+        raise ConfigError(f"{run}: a run of {other}, not of {stage}; choose another --out") from error
     return found
+
+
+def _reads(stage: str, path: Path) -> bool:
+    """Whether a file is the configuration of a stage's run."""
+    try:
+        load_config(run_kind(stage), path)
+    except ConfigError:
+        return False
+    return True
 
 
 def _log_sizes(network: nn.Module, trainer: Trainer, samples: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from vlm.errors import ConfigError
 from vlm.train.config import TeacherConfig
@@ -115,7 +116,8 @@ class Teaching:
                 f"the checkpoint's queue holds {len(image)} rows, train.teacher.queue is {self.queue.length}; "
                 "make them equal"
             )
-        self.teacher.network.load_state_dict(dict(teacher))
+        # Each rank holds the whole checkpoint; FSDP2 keeps its own share of it.
+        set_model_state_dict(self.teacher.network, dict(teacher), options=StateDictOptions(full_state_dict=True))
         # Every row is its own: unknown ids must not make rows positives of each other.
         unknown = -2 - torch.arange(self.queue.ids.numel()).view_as(self.queue.ids)
         for own, new in ((self.queue.image, image), (self.queue.text, text), (self.queue.ids, unknown)):

@@ -86,6 +86,11 @@ def load_albef_training(path: Path) -> AlbefTraining:
     Raises WeightsError that lists every tensor that doesn't fit, also when teacher or queue are missing.
     """
     tensors, where = read_tensors(path), str(path)
+    if not is_albef(tensors):
+        raise WeightsError(
+            f"{where}: not an official ALBEF checkpoint (no {_IMAGE}.* beside {_TEXT}.*); of another "
+            "model give its folder"
+        )
     config = infer_config(tensors, where=where)
     student = _student(tensors, config, where=where)
     queued = [*QUEUE.values(), POINTER]

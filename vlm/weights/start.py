@@ -57,10 +57,18 @@ def start_from(network: nn.Module, spec: str) -> None:
 
 
 def start_text(network: nn.Module, folder: Path) -> None:
-    """Copy a BERT folder's encoder into `network.text`, whose shape must be the same."""
-    text: nn.Module = network.text  # type: ignore[assignment]
+    """Copy a BERT folder's encoder into `network.text`, whose shape must be the same.
+
+    Raises WeightsError when the network has no text tower, or one of another shape.
+    """
+    text = getattr(network, "text", None)
+    if not isinstance(text, Transformer):
+        raise WeightsError(
+            f"{folder}: a text encoder can't start a {type(network).__name__}, which has no text tower; start it from "
+            "a CLIP's model or run folder, or a shipped name"
+        )
     theirs = bert_config(read_json(folder / CONFIG))
-    ours: TransformerConfig = text.config  # type: ignore[assignment]
+    ours: TransformerConfig = text.config
     names = (
         "vocab_size",
         "context_length",

@@ -56,8 +56,8 @@ def reproduce_albef(
         "train.teacher.decay=0.98", "train.teacher.ramp=0.25",
     ]  # fmt: skip
     cells = [
-        Cell(name, f"{share:.0%} shuffled", (*changes, f"loader.shuffled={share}"))
-        for share in noise
+        Cell(name, f"{100 * share:g}% shuffled", (*changes, f"loader.shuffled={share}"))
+        for share in dict.fromkeys(noise)
         for name, changes in VARIANTS.items()
     ]
     return run_grid(

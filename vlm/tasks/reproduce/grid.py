@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 from vlm.errors import ConfigError, DataError
 from vlm.files import write_text
 from vlm.tasks.metrics import mean_interval
-from vlm.train.config import load_config, named_config
+from vlm.train.config import load_config, named_config, to_yaml
 from vlm.train.distributed import ranks
 from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
 
@@ -59,21 +60,27 @@ def run_grid(
     A run that is finished isn't made again, one that was broken off goes on from its checkpoint. Checkpoints of
     finished runs are dropped. recipe: overrides of the stage's `tiny` configuration that all cells share. known:
     results of an earlier call, which needn't lie in `out`; those made with the same settings count as finished.
-    after: called with the results so far whenever a run is finished.
-    Returns the results so far. Raises ConfigError when a result in `out` was made by another recipe.
+    after: called whenever a run is finished, with the results so far and the known ones of other cells and seeds.
+    Returns the results. Raises ConfigError when one in `out` or a known one was made by another recipe, DataError
+    when one can't be read.
     """
+    whole = _digest(stage, recipe)
+    _check_known(known, cells, list(recipe), whole)
     found: list[dict[str, Any]] = []
+    seeds = list(dict.fromkeys(seeds))
     total = len(cells) * len(seeds)
     for seed in seeds:
         for cell in cells:
             run = out / f"{cell.folder}-seed-{seed}"
             settings = [*recipe, *cell.changes, f"train.seed={seed}"]
-            result = next((one for one in known if one["settings"] == settings), None) or _finished(run, settings)
+            result = next((one for one in known if one["settings"] == settings), None) or _finished(
+                run, settings, whole
+            )
             if result is None:
                 logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
                 _train(stage, run, settings, device)
                 result = {"row": cell.row, "column": cell.column, "seed": seed, "settings": settings}
-                result |= {"figures": measure(run)}
+                result |= {"recipe": whole, "figures": measure(run)}
                 write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             found.append(result)
@@ -82,12 +89,46 @@ def run_grid(
     return found
 
 
-def _finished(run: Path, settings: list[str]) -> dict[str, Any] | None:
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The results in a file: one, or a list called ``results``. Raises DataError when it holds something else."""
+    kinds = {"row": str, "column": str, "seed": int, "settings": list, "figures": dict}
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        results = values.get("results", [values])
+        wrong = [name for one in results for name, kind in kinds.items() if not isinstance(one[name], kind)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: no results of runs in it ({error!r}); choose another file, or delete it") from error
+    if wrong:
+        raise DataError(f"{path}: {wrong[0]} of a result isn't a {kinds[wrong[0]].__name__}; delete the file")
+    found: list[dict[str, Any]] = results
+    return found
+
+
+def _digest(stage: str, recipe: Sequence[str]) -> str:
+    """What tells one recipe from another, the settings of the `tiny` file included."""
+    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(recipe))
+    return hashlib.sha256(to_yaml(config).encode("utf-8")).hexdigest()[:16]
+
+
+def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: str) -> None:
+    """Raises ConfigError for results that can't stand in one table with those of this call."""
+    changes = {(cell.row, cell.column): list(cell.changes) for cell in cells}
+    for one in known:
+        shared, own = one["settings"][: len(recipe)], one["settings"][len(recipe) : -1]
+        same = one.get("recipe", whole) == whole
+        if not same or shared != recipe or own != changes.get((one["row"], one["column"]), own):
+            raise ConfigError(
+                f"the known result of {one['row']!r}, {one['column']!r}, seed {one['seed']} was made with other "
+                f"settings ({one['settings']}); give the same options, or choose another --table"
+            )
+
+
+def _finished(run: Path, settings: list[str], whole: str) -> dict[str, Any] | None:
     path = run / RESULT
     if not path.is_file():
         return None
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if result["settings"] != settings:
+    (result,) = read_results(path)
+    if result["settings"] != settings or result.get("recipe", whole) != whole:
         raise ConfigError(f"{run}: was made with other settings ({result['settings']}); choose another --out")
     return result
 

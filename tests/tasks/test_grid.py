@@ -1,0 +1,164 @@
+"""A grid of runs: what is finished stays, what was broken off goes on, other settings are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlm.errors import ConfigError, DataError
+from vlm.tasks.reproduce import grid
+from vlm.tasks.reproduce.albef import VARIANTS, reproduce_albef
+from vlm.tasks.reproduce.grid import RESULT, Cell, as_table, read_results, run_grid
+
+CELLS = [Cell("plain", "0% shuffled", ()), Cell("+ MoD", "0% shuffled", ("train.teacher.alpha=0",))]
+RECIPE = ("train.steps=3",)
+
+
+class Cut(Exception):
+    """Ends a grid in the middle."""
+
+
+class Trained:
+    """In place of training: notes the runs and leaves checkpoints behind."""
+
+    def __init__(self, stop_at: int = -1) -> None:
+        self.runs: list[str] = []
+        self.stop_at = stop_at
+
+    def __call__(self, stage: str, run: Path, settings: list[str], device: str) -> None:
+        if len(self.runs) == self.stop_at:
+            raise Cut
+        (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+        self.runs.append(run.name)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
+    def put(**settings: int) -> Trained:
+        made = Trained(**settings)
+        monkeypatch.setattr(grid, "_train", made)
+        return made
+
+    return put
+
+
+def measure(run: Path) -> dict[str, float]:
+    return {"recall": 0.5 if "mod" in run.name else 0.1 * (1 + int(run.name[-1]))}
+
+
+def call(out: Path, **more: Any) -> list[dict[str, Any]]:
+    given: dict[str, Any] = {"seeds": [0, 1], "recipe": RECIPE, "out": out, "measure": measure}
+    return run_grid("albef", CELLS, **given | more)
+
+
+def test_every_cell_with_every_seed_and_a_table_after_each(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    runs, counts = trained(), []
+    found = call(tmp_path, after=lambda results: counts.append(len(results)))
+    names = ["plain-0-shuffled-seed-0", "mod-0-shuffled-seed-0", "plain-0-shuffled-seed-1", "mod-0-shuffled-seed-1"]
+    assert runs.runs == names and counts == [1, 2, 3, 4]  # seed by seed
+    assert [json.loads((tmp_path / name / RESULT).read_text("utf-8")) for name in names] == found
+    assert not list(tmp_path.glob("*/checkpoints"))
+    assert found[1]["settings"] == ["train.steps=3", "train.teacher.alpha=0", "train.seed=0"]
+
+
+def test_a_broken_grid_goes_on_and_makes_nothing_twice(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    first = trained(stop_at=3)
+    with pytest.raises(Cut):
+        call(tmp_path)
+    second = trained()
+    found = call(tmp_path, seeds=[0, 1, 1])
+    assert len(first.runs) == 3 and second.runs == ["mod-0-shuffled-seed-1"]
+    assert [(one["row"], one["seed"]) for one in found] == [("plain", 0), ("+ MoD", 0), ("plain", 1), ("+ MoD", 1)]
+
+
+def test_known_results_count_as_finished_and_stay(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    trained()
+    known = call(tmp_path / "elsewhere", seeds=[0, 7])
+    again, written = trained(), []
+    found = call(tmp_path / "here", known=known, after=written.append)
+    assert again.runs == ["plain-0-shuffled-seed-1", "mod-0-shuffled-seed-1"]
+    assert len(found) == 4 and found[:2] == known[:2]
+    assert [one["seed"] for one in written[0]] == [0, 0, 7, 7]  # no known result is lost, none is told twice
+    assert [one["seed"] for one in written[-1]] == [0, 0, 1, 1, 7, 7]
+
+
+@pytest.mark.parametrize("change", [{"recipe": ("train.steps=4",)}, {"cells": ("model.mlm_weight=0",)}])
+def test_results_of_other_settings_are_refused(
+    trained: Callable[..., Trained], tmp_path: Path, change: dict[str, tuple[str, ...]]
+) -> None:
+    trained()
+    known = call(tmp_path, seeds=[0])
+    cells = [Cell(cell.row, cell.column, change.get("cells", cell.changes)) for cell in CELLS]
+    more = {"seeds": [1], "recipe": change.get("recipe", RECIPE), "measure": measure}
+    with pytest.raises(ConfigError, match=r"'plain', '0% shuffled', seed 0 was made with other settings .*--table"):
+        run_grid("albef", cells, out=tmp_path / "other", known=known, **more)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="plain-0-shuffled-seed-0: was made with other settings"):
+        run_grid("albef", cells, out=tmp_path, **more | {"seeds": [0]})  # type: ignore[arg-type]
+
+
+def test_results_of_another_tiny_recipe_are_refused(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    """The same options mean something else once the file behind them has changed."""
+    trained()
+    known = [one | {"recipe": "of before"} for one in call(tmp_path, seeds=[0])]
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        call(tmp_path / "other", known=known)
+    (tmp_path / "plain-0-shuffled-seed-0" / RESULT).write_text(json.dumps(known[0]))
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        call(tmp_path, seeds=[0])
+
+
+def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "plain-0-shuffled-seed-0"
+    run.mkdir()
+    from vlm.train.config import load_config, named_config, to_yaml
+    from vlm.train.run import run_kind
+
+    begun = load_config(run_kind("albef"), named_config("albef", "tiny"), ["train.steps=9"])
+    (run / "config.yaml").write_text(to_yaml(begun))
+    with pytest.raises(ConfigError, match="was begun with other settings"):
+        call(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "no json", '{"results": [{"row": "a"}]}', '{"results": 3}', '{"a": 1}'])
+def test_files_of_something_else_are_named(trained: Callable[..., Trained], tmp_path: Path, text: str) -> None:
+    trained()
+    run = tmp_path / "plain-0-shuffled-seed-0"
+    run.mkdir()
+    (run / RESULT).write_text(text)
+    with pytest.raises(DataError, match=r"result\.json: no results of runs"):
+        call(tmp_path)
+
+
+def test_a_value_of_another_kind_is_named(tmp_path: Path) -> None:
+    one = {"row": "a", "column": "b", "seed": 0, "settings": "none", "figures": {}}
+    (tmp_path / "table.json").write_text(json.dumps({"results": [one]}))
+    with pytest.raises(DataError, match="settings of a result isn't a list"):
+        read_results(tmp_path / "table.json")
+
+
+def test_the_table_by_hand() -> None:
+    def result(row: str, seed: int, **figures: float) -> dict[str, Any]:
+        return {"row": row, "column": "clean", "seed": seed, "settings": [], "figures": figures}
+
+    results = [result("a", 0, r=0.1), result("b", 0, r=0.4, s=0.25), result("a", 1, r=0.2), result("a", 2, r=0.3)]
+    table = as_table(results, {"r": "R@1", "s": "S"}).splitlines()
+    assert table[0] == "| setting | data | seeds | R@1 | S |"
+    # 10, 20, 30: mean 20, standard error 10 / sqrt(3), times 4.303.
+    assert table[2] == "| a | clean | 3 | 20.0 [-4.8, 44.8] | - |"
+    assert table[3] == "| b | clean | 1 | 40.0 | 25.0 |"
+
+
+def test_albefs_grid(trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = trained()
+    monkeypatch.setattr("vlm.tasks.reproduce.albef.measure", lambda run, device: {"match_order": 0.5})
+    found = reproduce_albef(tmp_path, seeds=[3], noise=[0.0, 0.2, 0.2], steps=20)
+    assert len(runs.runs) == len(found) == 2 * len(VARIANTS)
+    assert {one["column"] for one in found} == {"0% shuffled", "20% shuffled"}
+    assert all("loader.shuffled=0.2" in one["settings"] for one in found if one["column"].startswith("20"))
+    for wrong in ({"seeds": []}, {"noise": [1.0]}, {"noise": [-0.1]}):
+        with pytest.raises(ConfigError, match="at least one seed and shares"):
+            reproduce_albef(tmp_path, **wrong)  # type: ignore[arg-type]
