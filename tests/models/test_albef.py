@@ -129,6 +129,8 @@ def test_checkpointing_reaches_both_towers() -> None:
         ({"image_pool": "avg"}, "image_pool 'avg'"),
         ({"text_pool": "eos"}, "text_pool 'eos'"),
         ({"negatives": "hrad"}, "did you mean 'hard'"),
+        ({"hard_share": 0.0}, "negatives=random for 0"),
+        ({"hard_share": 1.5}, "at 1 at most"),
         ({"text": replace(ALBEF.text, cross_layers=())}, "must be the last of 4 layers"),
         ({"text": replace(ALBEF.text, cross_layers=(1, 3))}, r"\[1, 3\] must be the last"),
         ({"text": replace(ALBEF.text, cross_layers=(1, 2))}, r"\[1, 2\] must be the last"),

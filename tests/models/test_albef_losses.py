@@ -130,18 +130,21 @@ def test_hard_negatives_follow_similarity_and_random_ones_don_t() -> None:
     image = F.normalize(torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)), dim=1)
     text = F.normalize(torch.randn(rows, 16, generator=torch.Generator().manual_seed(2)), dim=1)
     ids = {"row_ids": torch.arange(rows)[:, None].repeat(count, 1), "ids": torch.arange(rows)[:, None]}
-    draws = torch.rand(2, rows * count, 1, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    names = ("image", "text", "image easy", "text easy")
+    draws = {name: torch.rand(rows * count, 1, generator=generator) for name in names}
     everyone = {"image": image, "text": text, "log_scale": torch.tensor([1.5])}
     features = {name: value if name == "log_scale" else value.repeat(count, 1) for name, value in everyone.items()}
     similar = math.exp(1.5) * text @ image.T  # (texts, images)
     hard = {"image": similar.softmax(dim=1), "text": similar.T.softmax(dim=1)}
-    for negatives in ("hard", "random"):
-        model = build(replace(ALBEF, negatives=negatives, mlm_weight=0.0))  # type: ignore[arg-type]
-        choice = model.choose(batch(1), features, everyone, **ids, draws=lambda kind, _: draws[int(kind == "text")])
+    even = (1 - torch.eye(rows)) / (rows - 1)
+    hard = {kind: F.normalize(weights.fill_diagonal_(0), p=1, dim=1) for kind, weights in hard.items()}
+    for negatives, given, share in (("hard", 1.0, 1.0), ("random", 1.0, 0.0), ("hard", 0.3, 0.3)):
+        config = replace(ALBEF, negatives=negatives, hard_share=given, mlm_weight=0.0)  # type: ignore[arg-type]
+        choice = build(config).choose(batch(1), features, everyone, **ids, draws=lambda kind, _: draws[kind])
         for kind, partners in choice.partners.items():
-            weights = (hard[kind] if negatives == "hard" else torch.ones(rows, rows)).fill_diagonal_(0)
             drawn = F.one_hot(partners.reshape(count, rows), rows).float().mean(dim=0)
-            torch.testing.assert_close(drawn, weights / weights.sum(dim=1, keepdim=True), atol=0.03, rtol=0)
+            torch.testing.assert_close(drawn, share * hard[kind] + (1 - share) * even, atol=0.03, rtol=0)
 
 
 def taught(model: Albef, some: Batch, alpha: float, queue: int = 3) -> tuple[Taught, dict[str, Tensor]]:

@@ -58,6 +58,10 @@ class AlbefConfig:
     """Weight of masked language modelling; 0 leaves it out."""
     negatives: Literal["hard", "random"] = "hard"
     """ITM's negatives: in proportion to their similarity (§3.2), or each as likely."""
+    hard_share: float = 1.0
+    """Share of the rows with a hard negative where `negatives` are hard. In the paper similarity is flat at first, and
+    negatives grow hard while it is learnt; after a start from a trained CLIP they would be hard before ITM has seen
+    an easy one, and it stays at chance for long."""
 
 
 class Albef(nn.Module):
@@ -213,7 +217,7 @@ class Albef(nn.Module):
         partners: dict[str, Tensor] = {}
         counts = {}
         if self.config.itm_weight:
-            hard = self.config.negatives == "hard"
+            hard = self.config.hard_share if self.config.negatives == "hard" else 0.0
             partners = space.draw_partners(features, everyone, row_ids=row_ids, ids=ids, draws=draws, hard=hard)
             counts["itm"] = len(row_ids) + sum(int((rows >= 0).sum()) for rows in partners.values())
         if self.config.mlm_weight:
@@ -284,6 +288,8 @@ class Albef(nn.Module):
 def _check(config: AlbefConfig) -> None:
     space.check_pools(config.image_pool, config.text_pool)
     space.check_choice("negatives", config.negatives, ("hard", "random"))
+    if not 0 < config.hard_share <= 1:
+        raise ConfigError(f"hard_share {config.hard_share} must lie above 0, and at 1 at most; negatives=random for 0")
     fusion, layers = config.text.cross_layers, config.text.layers
     if not fusion or tuple(fusion) != tuple(range(min(fusion), layers)):
         raise ConfigError(f"text.cross_layers {list(fusion)} must be the last of {layers} layers, such as [6, 7, 8]")

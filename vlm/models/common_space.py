@@ -144,18 +144,22 @@ def draw_partners(
     row_ids: Tensor,
     ids: Tensor,
     draws: Draws,
-    hard: bool,
+    hard: float,
 ) -> dict[str, Tensor]:
     """A negative image for each text and a negative text for each image (ALBEF §3.2).
 
-    Arguments as for a stage's `choose`. hard: in proportion to the softmax of the contrast; else each negative
-    is as likely. Returns ``image`` and ``text`` (b,): rows of the joined batch, -1 where it holds no negative.
+    Arguments as for a stage's `choose`. hard: share of the rows whose negative is drawn in proportion to the
+    softmax of the contrast; for the others each negative is as likely. Returns ``image`` and ``text`` (b,): rows
+    of the joined batch, -1 where it holds no negative.
     """
     positive = positives(row_ids, ids)  # (b, B)
     partners = {}
     for kind, looking in (("image", "text"), ("text", "image")):
         logits = features["log_scale"].exp() * features[looking] @ everyone[kind].T  # (b, B)
         weights = logits.float().softmax(dim=1) if hard else torch.ones_like(logits)
+        if 0 < hard < 1:
+            easy = draws(f"{kind} easy", 1).to(logits.device) >= hard  # (b, 1)
+            weights = torch.where(easy, 1.0, weights)
         partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
     return partners
 

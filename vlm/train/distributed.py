@@ -145,21 +145,20 @@ def order(sizes: Sequence[int], device: torch.device | str = "cpu") -> list[Tens
     return [torch.tensor(rows, dtype=torch.int64, device=device) for rows in numbers]
 
 
-def gather(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Everyone's rows in the joined batch's `order`: (n_r, ...) to (sum of n_r, ...), without gradient.
+def gather(tensor: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """Everyone's rows as the joined batch: (n_r, ...) to (sum of n_r, ...), without gradient.
 
-    sizes: n_r of each rank, which may differ.
+    places: of each rank, its n_r rows' numbers in the joined batch, from `order`; the n_r may differ.
     """
-    if len(sizes) == 1:
+    if len(places) == 1:
         return tensor.detach()
-    longest = max(sizes)
-    padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+    padded = tensor.new_zeros((max(map(len, places)), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded) for _ in places]
     dist.all_gather(parts, padded)
-    whole = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
-    for part, size, rows in zip(parts, sizes, order(sizes, tensor.device), strict=True):
-        whole[rows] = part[:size]
+    whole = tensor.new_empty((sum(map(len, places)), *tensor.shape[1:]))
+    for part, rows in zip(parts, places, strict=True):
+        whole[rows] = part[: len(rows)]
     return whole
 
 

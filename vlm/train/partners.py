@@ -39,6 +39,7 @@ class Partners:
         device = places[here.rank].device
         self.at = {kind: torch.full((total,), -1, dtype=torch.int64, device=device) for kind in self.kinds}
         self.lent = {kind: self._lent(chosen.get(kind)) for kind in self.kinds}
+        self.sent = self._sent()
         for kind, at in self.at.items():
             held = torch.cat([places[here.rank], *[places[r][rows] for r, rows in self.lent[kind]]])
             at[held] = torch.arange(len(held), device=device)
@@ -52,15 +53,33 @@ class Partners:
         others = [rank for rank in range(self.here.count) if rank != self.here.rank]
         return [(rank, torch.isin(self.places[rank], chosen).nonzero().squeeze(1)) for rank in others]
 
+    def _sent(self) -> dict[str, list[Tensor]]:
+        """By kind, of each rank, those of its rows that any other rank needs; the same on all ranks."""
+        if self.here.count == 1:
+            return {kind: [] for kind in self.kinds}
+        told = {kind: [(rank, rows.tolist()) for rank, rows in lent] for kind, lent in self.lent.items()}
+        everyone = gather_objects(told, self.here)
+        device = self.places[self.here.rank].device
+        found = {}
+        for kind in self.kinds:
+            rows: list[set[int]] = [set() for _ in self.places]
+            for lent in everyone:
+                for rank, wanted in lent[kind]:
+                    rows[rank] |= set(wanted)
+            found[kind] = [torch.tensor(sorted(one), dtype=torch.int64, device=device) for one in rows]
+        return found
+
     def _fetch(self, name: str, own: Tensor) -> Tensor:
         own = _padded(own, self.shapes[name])
         wanted = dict(self.lent[kind_of(name)])
         parts = [own]
-        for rank, place in enumerate(self.places if self.here.count > 1 else ()):
-            rows = own if rank == self.here.rank else own.new_empty((len(place), *self.shapes[name]))
+        for rank, sent in enumerate(self.sent[kind_of(name)]):
+            if not len(sent):
+                continue
+            rows = own[sent] if rank == self.here.rank else own.new_empty((len(sent), *self.shapes[name]))
             share_from(rank, rows, self.here)
             if rank in wanted:
-                parts.append(rows[wanted[rank]])
+                parts.append(rows[torch.searchsorted(sent, wanted[rank])])
         return torch.cat(parts) if len(parts) > 1 else own
 
     def pool(self, own: slice, chosen: Mapping[str, Tensor]) -> Pool:
@@ -95,15 +114,17 @@ class Partners:
                 whole = torch.zeros_like(self.store[name], dtype=torch.float32)
             start = len(self.places[self.here.rank])
             mine = whole[:start]
-            for rank, place in enumerate(self.places if self.here.count > 1 else ()):
-                part = whole.new_zeros((len(place), *whole.shape[1:]))
+            for rank, sent in enumerate(self.sent[kind_of(name)]):
+                if not len(sent):
+                    continue
+                part = whole.new_zeros((len(sent), *whole.shape[1:]))
                 rows = dict(self.lent[kind_of(name)]).get(rank)
                 if rows is not None:
-                    part[rows] = whole[start : start + len(rows)]
+                    part[torch.searchsorted(sent, rows)] = whole[start : start + len(rows)]
                     start += len(rows)
                 sum_to(rank, part, self.here)
                 if rank == self.here.rank:
-                    mine = mine + part
+                    mine = mine.index_add(0, sent, part)
             found[name] = mine
         return found
 

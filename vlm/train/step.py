@@ -140,10 +140,10 @@ def _contrast(
     shared = shared_entries(passes[0].features)
     per_row = joined([{n: v.detach() for n, v in one.features.items() if n not in shared} for one in passes])
     own = per_row | {name: passes[0].features[name].detach() for name in shared}
-    everyone = {name: own[name] if name in shared else gather(own[name].float(), now.sizes) for name in own}
+    everyone = {name: own[name] if name in shared else gather(own[name].float(), now.places) for name in own}
     leaves = {name: value.float().requires_grad_() for name, value in everyone.items()}
     rows = {name: leaf if name in shared else leaf[mine] for name, leaf in leaves.items()}
-    ids = gather(now.batch.ids, now.sizes)
+    ids = gather(now.batch.ids, now.places)
     taught = _taught(now, lessons, ids)
     parts = context.stage.contrast(rows, leaves, row_ids=now.batch.ids, ids=ids, taught=taught)
     values = _joint(parts, now.weight / here.count, here)
@@ -181,7 +181,7 @@ def _taught(now: _Step, lessons: list[tuple[Features, Features]], ids: Tensor) -
     if teaching is None or not lessons[0][0]:
         return None
     rows = joined([features for features, _ in lessons])
-    everyone = {name: gather(value, now.sizes) for name, value in rows.items()}
+    everyone = {name: gather(value, now.places) for name, value in rows.items()}
     held = teaching.queue.rows()
     columns = {name: torch.cat([value, held[name]]) for name, value in everyone.items()}
     taught = Taught(rows, columns, torch.cat([ids, held["ids"]]), teaching.alpha(now.number))
