@@ -36,7 +36,7 @@ def albef(
     ),
     seeds: Seeds = "0,1,2",
     noise: Annotated[str, typer.Option(help="Shares of shuffled captions, joined by commas.")] = "0,0.2,0.4",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 120,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     table: Table = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,

@@ -38,7 +38,7 @@ def reproduce_albef(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     noise: Sequence[float] = (0.0, 0.2, 0.4),
-    steps: int = 200,
+    steps: int = 120,
     precision: str = "auto",
     known: Sequence[dict[str, Any]] = (),
     after: Callable[[list[dict[str, Any]]], None] | None = None,
