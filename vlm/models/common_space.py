@@ -37,6 +37,38 @@ class Rows(Protocol):
         """`input_ids` and `attention_mask`, each (B, L)."""
 
 
+class Aligned(Protocol):
+    """Settings of a stage that aligns before it fuses: ALBEF's and BLIP's."""
+
+    @property
+    def image_pool(self) -> str:
+        """One of `IMAGE_POOLS`."""
+
+    @property
+    def text_pool(self) -> str:
+        """One of `TEXT_POOLS`."""
+
+    @property
+    def negatives(self) -> str:
+        """``hard`` or ``random``."""
+
+    @property
+    def hard_share(self) -> float:
+        """Share of the rows with a hard negative, where they are hard."""
+
+    @property
+    def logit_scale_min(self) -> float:
+        """Lower bound of the inverse temperature."""
+
+    @property
+    def logit_scale_init(self) -> float:
+        """The inverse temperature at the start."""
+
+    @property
+    def logit_scale_max(self) -> float:
+        """Upper bound of the inverse temperature."""
+
+
 @dataclass(frozen=True)
 class ImageStates:
     """Images encoded once, to be compared and fused any number of times."""
@@ -54,7 +86,8 @@ class TextStates:
     features: Tensor
     """(B, D) unit norm, for contrast."""
     states: Tensor
-    """(B, L, D) after the layers that see the text alone."""
+    """(B, L, D) after the layers that see the text alone; where images come in from the first layer on (BLIP), its
+    ids (B, L)."""
     mask: Tensor
     """(B, L) true for real tokens."""
 
@@ -106,6 +139,22 @@ def clamp_scale_(parameter: Tensor, low: float, high: float) -> None:
     parameter.clamp_(math.log(low), math.log(high))
 
 
+def contrast(
+    features: Mapping[str, Tensor],
+    everyone: Mapping[str, Tensor],
+    *,
+    row_ids: Tensor,
+    ids: Tensor,
+    taught: Taught | None,
+    weight: float,
+) -> dict[str, Tensor]:
+    """What a stage's `contrast` gives: `scale`, the inverse temperature, and `itc` unless its weight is 0."""
+    parts = {"scale": features["log_scale"].detach().exp().squeeze(0)}
+    if weight:
+        parts["itc"] = align(features, everyone, row_ids=row_ids, ids=ids, taught=taught)
+    return parts
+
+
 def align(
     features: Mapping[str, Tensor],
     everyone: Mapping[str, Tensor],
@@ -136,6 +185,11 @@ def align(
     )
 
 
+def hard_share(config: Aligned) -> float:
+    """Share of the rows with a hard negative, for `draw_partners`."""
+    return config.hard_share if config.negatives == "hard" else 0.0
+
+
 @torch.no_grad()
 def draw_partners(
     features: Mapping[str, Tensor],
@@ -162,6 +216,23 @@ def draw_partners(
             weights = torch.where(easy, 1.0, weights)
         partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
     return partners
+
+
+def check_aligned(config: Aligned) -> None:
+    """Raise ConfigError unless pools, negatives and temperature of a stage with a contrast make sense."""
+    check_pools(config.image_pool, config.text_pool)
+    check_choice("negatives", config.negatives, ("hard", "random"))
+    if not 0 < config.hard_share <= 1:
+        raise ConfigError(f"hard_share {config.hard_share} must lie above 0, and at 1 at most; negatives=random for 0")
+    if not 0 < config.logit_scale_min <= config.logit_scale_init <= config.logit_scale_max:
+        raise ConfigError("logit_scale_init must lie between logit_scale_min, above 0, and logit_scale_max")
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ConfigError unless the losses' weights are at least 0, one of them above."""
+    if min(weights.values()) < 0 or not any(weights.values()):
+        found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+        raise ConfigError(f"{found}: weights must be at least 0, one of them above")
 
 
 def check_pools(image_pool: str, text_pool: str) -> None:
