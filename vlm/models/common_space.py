@@ -37,6 +37,34 @@ class Rows(Protocol):
         """`input_ids` and `attention_mask`, each (B, L)."""
 
 
+class Aligned(Protocol):
+    """Settings of a stage that aligns before it fuses: ALBEF's and BLIP's."""
+
+    @property
+    def image_pool(self) -> str:
+        """One of `IMAGE_POOLS`."""
+
+    @property
+    def text_pool(self) -> str:
+        """One of `TEXT_POOLS`."""
+
+    @property
+    def negatives(self) -> str:
+        """``hard`` or ``random``."""
+
+    @property
+    def logit_scale_min(self) -> float:
+        """Lower bound of the inverse temperature."""
+
+    @property
+    def logit_scale_init(self) -> float:
+        """The inverse temperature at the start."""
+
+    @property
+    def logit_scale_max(self) -> float:
+        """Upper bound of the inverse temperature."""
+
+
 @dataclass(frozen=True)
 class ImageStates:
     """Images encoded once, to be compared and fused any number of times."""
@@ -54,7 +82,8 @@ class TextStates:
     features: Tensor
     """(B, D) unit norm, for contrast."""
     states: Tensor
-    """(B, L, D) after the layers that see the text alone."""
+    """(B, L, D) after the layers that see the text alone; where images come in from the first layer on (BLIP), its
+    ids (B, L)."""
     mask: Tensor
     """(B, L) true for real tokens."""
 
@@ -104,6 +133,22 @@ def log_scale(init: float) -> nn.Parameter:
 def clamp_scale_(parameter: Tensor, low: float, high: float) -> None:
     """Keep the inverse temperature within its bounds, given its log."""
     parameter.clamp_(math.log(low), math.log(high))
+
+
+def contrast(
+    features: Mapping[str, Tensor],
+    everyone: Mapping[str, Tensor],
+    *,
+    row_ids: Tensor,
+    ids: Tensor,
+    taught: Taught | None,
+    weight: float,
+) -> dict[str, Tensor]:
+    """What a stage's `contrast` gives: `scale`, the inverse temperature, and `itc` unless its weight is 0."""
+    parts = {"scale": features["log_scale"].detach().exp().squeeze(0)}
+    if weight:
+        parts["itc"] = align(features, everyone, row_ids=row_ids, ids=ids, taught=taught)
+    return parts
 
 
 def align(
@@ -158,6 +203,21 @@ def draw_partners(
         weights = logits.float().softmax(dim=1) if hard else torch.ones_like(logits)
         partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
     return partners
+
+
+def check_aligned(config: Aligned) -> None:
+    """Raise ConfigError unless pools, negatives and temperature of a stage with a contrast make sense."""
+    check_pools(config.image_pool, config.text_pool)
+    check_choice("negatives", config.negatives, ("hard", "random"))
+    if not 0 < config.logit_scale_min <= config.logit_scale_init <= config.logit_scale_max:
+        raise ConfigError("logit_scale_init must lie between logit_scale_min, above 0, and logit_scale_max")
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ConfigError unless the losses' weights are at least 0, one of them above."""
+    if min(weights.values()) < 0 or not any(weights.values()):
+        found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+        raise ConfigError(f"{found}: weights must be at least 0, one of them above")
 
 
 def check_pools(image_pool: str, text_pool: str) -> None:
