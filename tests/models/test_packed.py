@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.tasks.small import noise, random_model
-from vlm.apps.serve.packed import PackedLinear, pack_linears
+from vlm.models.packed import PackedLinear, pack_linears
 
 
 def test_both_towers_give_the_same_features() -> None:
