@@ -90,9 +90,13 @@ def test_a_route_takes_its_own_parameters() -> None:
     other = shifted(model, "self_attn.text")
     assert far(other(x), text)
     close(other(x, route="decode"), decode)
-    other = shifted(model, "self_attn.decode")
-    assert far(other(x, route="decode"), decode)
-    close(other(x), text)
+    for part in ("self_attn.decode", "route_norm.decode"):
+        other = shifted(model, part)
+        assert far(other(x, route="decode"), decode)
+        close(other(x), text)
+    other = shifted(model, "self_norm")
+    assert far(other(x), text)
+    close(other(x, route="decode"), decode)
 
 
 def test_queries_have_their_own_feed_forward_and_alone_see_the_image() -> None:

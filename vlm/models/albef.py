@@ -16,7 +16,7 @@ from vlm.errors import ConfigError
 from vlm.models import common_space as space
 from vlm.models.common_space import ImageStates, TextStates, project
 from vlm.models.heads import MlmHead
-from vlm.models.pairing import Keys, Rows, guess_sums, masked, match_sums, side_by_side, take_images
+from vlm.models.pairing import Keys, Rows, guess_sums, masked, match_sums, meet, take_images
 from vlm.models.stage import Choice, Draws, Encoded, Pairs, Taught, joint_loss
 from vlm.models.transformer import KeyValues, Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
@@ -191,10 +191,8 @@ class Albef(nn.Module):
         Returns:
             `itc` where it has a weight, and `scale`, the inverse temperature.
         """
-        parts = {"scale": features["log_scale"].detach().exp().squeeze(0)}
-        if self.config.itc_weight:
-            parts["itc"] = space.align(features, everyone, row_ids=row_ids, ids=ids, taught=taught)
-        return parts
+        weight = self.config.itc_weight
+        return space.contrast(features, everyone, row_ids=row_ids, ids=ids, taught=taught, weight=weight)
 
     def choose(
         self,
@@ -243,29 +241,21 @@ class Albef(nn.Module):
         space.clamp_scale_(self.log_scale, self.config.logit_scale_min, self.config.logit_scale_max)
 
     def _pair_losses(self, batch: Rows, pairs: Pairs) -> dict[str, Tensor]:
-        rows = len(batch.pixels)
         image = self.image_keys_values(pairs.states["image"])  # of all images of the pool, once
-        states, mask = pairs.states["text"], pairs.inputs["text_mask"].bool()
-        met = []  # the texts that meet each row's own image
-        if self.config.itm_weight:
-            other = pairs.partners["text"].clamp(min=0)
-            met += [(states[:rows], mask[:rows]), (states[other], mask[other])]
+        hidden: list[tuple[Tensor, Tensor]] = []  # the text that has hidden tokens meets each row's own image
         if self.config.mlm_weight:
-            hidden, labels = masked(batch)
+            ids, labels = masked(batch)
             real = batch.tokens["attention_mask"].bool()
-            met += [(self._text_alone(hidden, real), real)]
-        if not met:
-            return {}
-        texts, real = side_by_side(met)  # (b T, L, D), (b T, L)
-        fused = self.fuse(texts, real, take_images(image, slice(rows))).unflatten(0, (rows, len(met)))  # (b, T, L, D)
+            hidden = [(self._text_alone(ids, real), real)]
         sums: dict[str, Tensor] = {}
         if self.config.itm_weight:
-            other = pairs.partners["image"].clamp(min=0)
-            wrong = self.fuse(states[:rows], mask[:rows], take_images(image, other))  # (b, L, D)
-            logits = self.itm_head(torch.stack([fused[:, 0, 0], fused[:, 1, 0], wrong[:, 0]]))  # (3, b, 2)
-            sums |= match_sums(logits, pairs.partners)
-        if self.config.mlm_weight:
-            logits = self._guess(fused[:, -1, : labels.shape[1]][labels != IGNORED])  # (M, V)
+            texts = (pairs.states["text"], pairs.inputs["text_mask"].bool())
+            firsts, fused = meet(self.fuse, texts, image, pairs.partners, hidden)
+            sums |= match_sums(self.itm_head(firsts), pairs.partners)
+        elif hidden:
+            fused = self.fuse(*hidden[0], take_images(image, slice(len(labels))))[:, None]  # (b, 1, L, D)
+        if hidden:
+            logits = self._guess(fused[:, 0, : labels.shape[1]][labels != IGNORED])  # (M, V)
             truth = labels[labels != IGNORED]
             sums |= guess_sums(logits, truth, soft=pairs.taught.get("mlm"), alpha=pairs.alpha)
         return sums
@@ -291,8 +281,6 @@ def _check(config: AlbefConfig) -> None:
         raise ConfigError("text.causal must be false: the fused [CLS] state has to see the whole text")
     if (config.text.cross_width or config.text.width) != config.image.width:
         raise ConfigError(f"text.cross_width {config.text.cross_width} must be image.width {config.image.width}")
-    if not 0 < config.logit_scale_min <= config.logit_scale_init <= config.logit_scale_max:
-        raise ConfigError("logit_scale_init must lie between logit_scale_min, above 0, and logit_scale_max")
-    weights = (config.itc_weight, config.itm_weight, config.mlm_weight)
-    if min(weights) < 0 or not any(weights):
-        raise ConfigError(f"itc_weight, itm_weight and mlm_weight {weights} must be at least 0, one of them above")
+    space.check_scale(config.logit_scale_min, config.logit_scale_init, config.logit_scale_max)
+    weights = ("itc_weight", "itm_weight", "mlm_weight")
+    space.check_weights({name: getattr(config, name) for name in weights})

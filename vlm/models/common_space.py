@@ -54,7 +54,8 @@ class TextStates:
     features: Tensor
     """(B, D) unit norm, for contrast."""
     states: Tensor
-    """(B, L, D) after the layers that see the text alone."""
+    """(B, L, D) after the layers that see the text alone; where images come in from the first layer on (BLIP), its
+    ids (B, L)."""
     mask: Tensor
     """(B, L) true for real tokens."""
 
@@ -104,6 +105,22 @@ def log_scale(init: float) -> nn.Parameter:
 def clamp_scale_(parameter: Tensor, low: float, high: float) -> None:
     """Keep the inverse temperature within its bounds, given its log."""
     parameter.clamp_(math.log(low), math.log(high))
+
+
+def contrast(
+    features: Mapping[str, Tensor],
+    everyone: Mapping[str, Tensor],
+    *,
+    row_ids: Tensor,
+    ids: Tensor,
+    taught: Taught | None,
+    weight: float,
+) -> dict[str, Tensor]:
+    """What a stage's `contrast` gives: `scale`, the inverse temperature, and `itc` unless its weight is 0."""
+    parts = {"scale": features["log_scale"].detach().exp().squeeze(0)}
+    if weight:
+        parts["itc"] = align(features, everyone, row_ids=row_ids, ids=ids, taught=taught)
+    return parts
 
 
 def align(
@@ -158,6 +175,19 @@ def draw_partners(
         weights = logits.float().softmax(dim=1) if hard else torch.ones_like(logits)
         partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
     return partners
+
+
+def check_scale(low: float, init: float, high: float) -> None:
+    """Raise ConfigError unless the inverse temperature begins within its bounds."""
+    if not 0 < low <= init <= high:
+        raise ConfigError("logit_scale_init must lie between logit_scale_min, above 0, and logit_scale_max")
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ConfigError unless the losses' weights are at least 0, one of them above."""
+    if min(weights.values()) < 0 or not any(weights.values()):
+        found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+        raise ConfigError(f"{found}: weights must be at least 0, one of them above")
 
 
 def check_pools(image_pool: str, text_pool: str) -> None:

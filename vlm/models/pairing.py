@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -58,6 +58,34 @@ def side_by_side(texts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     states = torch.stack([F.pad(one, (0, 0, 0, longest - one.shape[1])) for one, _ in texts], dim=1)
     masks = torch.stack([F.pad(mask, (0, longest - mask.shape[1])) for _, mask in texts], dim=1)
     return states.flatten(0, 1), masks.flatten(0, 1)
+
+
+def meet(
+    fuse: Callable[[Tensor, Tensor, Keys], Tensor],
+    texts: tuple[Tensor, Tensor],
+    image: Keys,
+    partners: Mapping[str, Tensor],
+    also: Sequence[tuple[Tensor, Tensor]] = (),
+) -> tuple[Tensor, Tensor]:
+    """Let each row's text and image meet, and each of them the other's partner (ALBEF §3.2).
+
+    Args:
+        fuse: states (B, L, D), their mask and images to fused states (B, L, D).
+        texts: states (P, L, D) and mask (P, L) of the pool, the b rows first.
+        image: keys and values of the pool's images.
+        partners: `text` and `image` (b,) places in the pool; -1 for none, then the row is meaningless.
+        also: T more texts of each row that meet its own image, as for `side_by_side`.
+
+    Returns:
+        First states (3, b, D) of the own pair, of the image with its partner text, of the text with its partner
+        image; and fused states (b, T, L, D) of the other texts.
+    """
+    states, mask = texts
+    rows, other = slice(len(partners["text"])), {kind: place.clamp(min=0) for kind, place in partners.items()}
+    beside, real = side_by_side([(states[rows], mask[rows]), (states[other["text"]], mask[other["text"]]), *also])
+    fused = fuse(beside, real, take_images(image, rows)).unflatten(0, (rows.stop, -1))  # (b, 2 + T, L, D)
+    wrong = fuse(states[rows], mask[rows], take_images(image, other["image"]))  # (b, L, D)
+    return torch.stack([fused[:, 0, 0], fused[:, 1, 0], wrong[:, 0]]), fused[:, 2:]
 
 
 def match_sums(logits: Tensor, partners: Mapping[str, Tensor]) -> dict[str, Tensor]:

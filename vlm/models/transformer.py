@@ -53,7 +53,7 @@ class TransformerConfig:
     """Those of `cross_layers` without keys and values of their own: they take what the layer before projects, of
     another image (ALBEF's NLVR2, arXiv 2107.07651 §5)."""
     self_routes: tuple[str, ...] = ("text",)
-    """Self-attentions of each layer; a call names the one it takes."""
+    """Self-attentions of each layer, with a norm each; a call names the one it takes."""
     mlp_routes: tuple[str, ...] = ("text",)
     """Feed-forwards of each layer; leading query rows take `query` where there is one."""
     dropout: float = 0.0
@@ -168,7 +168,9 @@ class Layer(nn.Module):
         width, drop = config.width, config.dropout
         self.index, self.pre = index, config.norm == "pre"
         self.self_attn = nn.ModuleDict({r: Attention(width, config.heads, dropout=drop) for r in config.self_routes})
-        self.self_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.self_norm = nn.LayerNorm(width, eps=config.norm_eps)  # of the first route
+        others = config.self_routes[1:]  # a norm belongs to its attention: BLIP's routes don't share it either
+        self.route_norm = nn.ModuleDict({r: nn.LayerNorm(width, eps=config.norm_eps) for r in others})
         self.cross_attn: Attention | None = None
         if index in config.cross_layers:
             source, own = config.cross_width, index not in config.cross_shared
@@ -192,7 +194,8 @@ class Layer(nn.Module):
         queries: int = 0,
     ) -> Tensor:
         """One layer over (B, L, D); the arguments are those of `Transformer.forward`."""
-        x = self._add(x, self.self_norm, lambda y: self._look_at_self(y, mask, cache, route))
+        norm = self.route_norm[route] if route in self.route_norm else self.self_norm
+        x = self._add(x, norm, lambda y: self._look_at_self(y, mask, cache, route))
         if self.cross_attn is not None and image is not None:
             seen, rest = (x[:, :queries], x[:, queries:]) if queries else (x, x[:, :0])
             seen = self._add(seen, self.cross_norm, lambda y: self._look_at_image(y, image, image_mask))

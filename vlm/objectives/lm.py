@@ -1,0 +1,36 @@
+"""Language modelling (LM): the next token of a text, given the tokens before it and the image (BLIP, 2201.12086)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlm.objectives.mlm import IGNORED
+
+
+def next_tokens(input_ids: Tensor, mask: Tensor, *, given: int = 1) -> Tensor:
+    """What is to be said after each token: (B, L - 1) ids, `IGNORED` where nothing is.
+
+    Args:
+        input_ids: (B, L), start and end token included.
+        mask: (B, L) true for real tokens; padding is never to be said.
+        given: tokens at the beginning that are no answer: the start token, and a prompt's (BLIP's official code
+            doesn't learn its captioning prompt).
+    """
+    labels = input_ids.masked_fill(~mask.bool(), IGNORED)
+    labels[:, :given] = IGNORED
+    return labels[:, 1:]
+
+
+def lm(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> Tensor:
+    """Cross-entropy of each next token, with smoothed labels (BLIP §3.2).
+
+    Args:
+        logits: (M, V).
+        labels: (M,) ids, or `IGNORED`.
+        smoothing: share of the target that is spread evenly over the whole vocabulary.
+
+    Returns:
+        (M,) losses, 0 where ignored.
+    """
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, label_smoothing=smoothing, reduction="none")
