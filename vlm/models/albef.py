@@ -78,6 +78,11 @@ class Albef(nn.Module):
         self.mlm_head = MlmHead(text.width, text.vocab_size, norm_eps=text.norm_eps, act=text.activation)
 
     @property
+    def teachable(self) -> bool:
+        """Whether a teacher has something to say: of ITC, and of hidden tokens (§3.3)."""
+        return bool(self.config.itc_weight or self.config.mlm_weight)
+
+    @property
     def logit_scale(self) -> Tensor:
         """(1,) inverse temperature that cosines are multiplied by."""
         return self.log_scale.exp()
@@ -272,8 +277,7 @@ class Albef(nn.Module):
 
 
 def _check(config: AlbefConfig) -> None:
-    space.check_pools(config.image_pool, config.text_pool)
-    space.check_choice("negatives", config.negatives, ("hard", "random"))
+    space.check_aligned(config)
     fusion, layers = config.text.cross_layers, config.text.layers
     if not fusion or tuple(fusion) != tuple(range(min(fusion), layers)):
         raise ConfigError(f"text.cross_layers {list(fusion)} must be the last of {layers} layers, such as [6, 7, 8]")
@@ -281,6 +285,5 @@ def _check(config: AlbefConfig) -> None:
         raise ConfigError("text.causal must be false: the fused [CLS] state has to see the whole text")
     if (config.text.cross_width or config.text.width) != config.image.width:
         raise ConfigError(f"text.cross_width {config.text.cross_width} must be image.width {config.image.width}")
-    space.check_scale(config.logit_scale_min, config.logit_scale_init, config.logit_scale_max)
     weights = ("itc_weight", "itm_weight", "mlm_weight")
     space.check_weights({name: getattr(config, name) for name in weights})

@@ -37,6 +37,34 @@ class Rows(Protocol):
         """`input_ids` and `attention_mask`, each (B, L)."""
 
 
+class Aligned(Protocol):
+    """Settings of a stage that aligns before it fuses: ALBEF's and BLIP's."""
+
+    @property
+    def image_pool(self) -> str:
+        """One of `IMAGE_POOLS`."""
+
+    @property
+    def text_pool(self) -> str:
+        """One of `TEXT_POOLS`."""
+
+    @property
+    def negatives(self) -> str:
+        """``hard`` or ``random``."""
+
+    @property
+    def logit_scale_min(self) -> float:
+        """Lower bound of the inverse temperature."""
+
+    @property
+    def logit_scale_init(self) -> float:
+        """The inverse temperature at the start."""
+
+    @property
+    def logit_scale_max(self) -> float:
+        """Upper bound of the inverse temperature."""
+
+
 @dataclass(frozen=True)
 class ImageStates:
     """Images encoded once, to be compared and fused any number of times."""
@@ -177,9 +205,11 @@ def draw_partners(
     return partners
 
 
-def check_scale(low: float, init: float, high: float) -> None:
-    """Raise ConfigError unless the inverse temperature begins within its bounds."""
-    if not 0 < low <= init <= high:
+def check_aligned(config: Aligned) -> None:
+    """Raise ConfigError unless pools, negatives and temperature of a stage with a contrast make sense."""
+    check_pools(config.image_pool, config.text_pool)
+    check_choice("negatives", config.negatives, ("hard", "random"))
+    if not 0 < config.logit_scale_min <= config.logit_scale_init <= config.logit_scale_max:
         raise ConfigError("logit_scale_init must lie between logit_scale_min, above 0, and logit_scale_max")
 
 

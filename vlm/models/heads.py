@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.errors import MissingVerbError
 from vlm.models.transformer import activation
 
 
@@ -39,3 +42,9 @@ class MlmHead(nn.Module):
     def forward(self, states: Tensor, embedding: Tensor) -> Tensor:
         """Map (..., D) states to (..., V) logits; `embedding` is the (V, D) token embedding."""
         return F.linear(self.norm(self.act(self.dense(states))), embedding, self.bias)
+
+
+def no_head(stage: str, head: str, heads: Iterable[str]) -> MissingVerbError:
+    """The error of a network that lacks the head that a verb needs; heads: those it has."""
+    known = ", ".join(heads) or "none"
+    return MissingVerbError(f"this {stage} has no {head} head (it has: {known}); load or train one that has it")

@@ -194,7 +194,7 @@ class Layer(nn.Module):
         queries: int = 0,
     ) -> Tensor:
         """One layer over (B, L, D); the arguments are those of `Transformer.forward`."""
-        norm = self.route_norm[route] if route in self.route_norm else self.self_norm
+        norm = self.self_norm if route not in self.route_norm else cast(nn.LayerNorm, self.route_norm[route])
         x = self._add(x, norm, lambda y: self._look_at_self(y, mask, cache, route))
         if self.cross_attn is not None and image is not None:
             seen, rest = (x[:, :queries], x[:, queries:]) if queries else (x, x[:, :0])

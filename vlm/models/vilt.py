@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.errors import ConfigError, MissingVerbError, nearest
-from vlm.models.heads import ClassifierHead, MlmHead
+from vlm.errors import ConfigError, nearest
+from vlm.models.heads import ClassifierHead, MlmHead, no_head
 from vlm.models.stage import Choice, Draws, Encoded, Pairs, Taught, joint_loss
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
@@ -259,8 +259,7 @@ class Vilt(nn.Module):
     def _head(self, name: str) -> Any:
         head = getattr(self, name)
         if head is None:
-            known = ", ".join(self.config.heads) or "none"
-            raise MissingVerbError(f"this ViLT has no {name} head (it has: {known}); load or train one that has it")
+            raise no_head("ViLT", name, self.config.heads)
         return head
 
 

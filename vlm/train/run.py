@@ -181,7 +181,7 @@ def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
     if not any(weights.values()):
         found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
         raise ConfigError(f"nothing to learn: the losses and their weights are {found}; set one above 0 in model")
-    if config.train.teacher.decay and not hasattr(network, "teach"):
+    if config.train.teacher.decay and not getattr(network, "teachable", False):
         raise ConfigError(
             f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
         )
