@@ -33,7 +33,6 @@ FAMILIES = {
     "blip": Family(BlipConfig, Blip),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "albef-vqa": Family(VqaConfig, Vqa),
-    "blip": Family(BlipConfig, Blip),
 }
 
 
