@@ -69,7 +69,7 @@ def test_from_clip_both_roles_begin_as_its_text_tower(tmp_path: Path, sharing: A
 
 @pytest.mark.parametrize("sharing", SHARING)
 def test_from_albef_the_fusion_layers_give_their_eyes_to_the_upper_layers(tmp_path: Path, sharing: Any) -> None:
-    """ALBEF has 3 text and 2 fusion layers: fusion layers 3 and 4 look for MED's 1 and 2; its MLM head begins to say."""
+    """ALBEF has 3 text and 2 fusion layers: 3 and 4 look for MED's 1 and 2; its MLM head begins to say words."""
     source = albef_folder(tmp_path / "albef")
     network = fresh(replace(BLIP, sharing=sharing))
     _, after = begun(network, tmp_path / "albef")
