@@ -237,3 +237,35 @@ def test_base_sizes_fit(name, heads):
     with torch.device("meta"):
         own = {key: value.shape for key, value in Blip(config).state_dict().items() if key != "log_scale"}
     assert config.heads == heads and {key: value.shape for key, value in whole.items()} == own
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", [CAPTION, MATCH])
+def test_base_size_gives_the_same_numbers(name, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BlipConfig(text_config={"num_attention_heads": 12})
+    theirs = scrambled_a_little(getattr(transformers, name)(config))
+    theirs.save_pretrained(tmp_path)
+    model = vlm.load(tmp_path, device="cpu")
+    assert model.network.config.image.image_size == 384
+    pixels = torch.randn(2, 3, 384, 384, generator=torch.Generator().manual_seed(1))
+    tokens = model.tokens(TEXTS[:2])
+    start = DEC if name == CAPTION else ENC
+    given = {"input_ids": begun(tokens, start), "attention_mask": tokens.attention_mask, "pixel_values": pixels}
+    if name == CAPTION:
+        mask = tokens.attention_mask.bool()
+        close(model.network.lm_logits(pixels, tokens)[mask], theirs(**given).logits[mask])
+    else:
+        close(model.network.match(pixels, tokens), theirs(**given).itm_score)
+
+
+def scrambled_a_little(model):
+    """Full-size weights of the size that training leaves: transformers starts the image encoder at 1e-10."""
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            value.copy_(torch.randn_like(value) * 0.02 + (1.0 if "norm" in key.lower() and "weight" in key else 0.0))
+    model.tie_weights()
+    return model.eval()
