@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from vlm.data.tokenizers import load_tokenizer, wordpiece
 from vlm.errors import WeightsError
 from vlm.models.transformer import Transformer, TransformerConfig
-from vlm.weights.albef import load_albef_training
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, med_layers, med_sources, text_layers
 from vlm.weights.load import shipped_folder
+from vlm.weights.official import Training, read_official
 from vlm.weights.rules import to_ours
 
 logger = logging.getLogger("vlm.weights")
@@ -29,41 +30,56 @@ TOWERS = ("image", "text")
 WORD_BIASES = ("lm_head.bias", "answer_head.bias")
 
 
-def start_from(network: nn.Module, spec: str) -> None:
+def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Training | None:
     """Give a network's towers pretrained weights.
 
-    spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of
-    vlm or a shipped name (every part that both have, each whole), or an official ALBEF checkpoint file. Raises
-    WeightsError when nothing fits, naming what doesn't.
+    Args:
+        network: what begins.
+        spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of vlm, a
+            shipped name or an official ALBEF or BLIP checkpoint file (every part that both have, each whole).
+        training: whether a teacher is to go on with an official checkpoint's teacher and queue.
+
+    Returns:
+        Teacher and queue in the network's names; None where they weren't asked for, or aren't there.
+
+    Raises:
+        WeightsError: when nothing fits, naming what doesn't.
     """
     if spec == "minilm":
         start_text(network, find_minilm())
-        return
+        return None
     folder = shipped_folder(spec) or Path(spec)
     if folder.is_file():
-        tensors = load_albef_training(folder).network
-        if _is_med(network):
-            start_parts(network, tensors, where=spec, start_id=wordpiece().start_id)
-            return
-        assign(network, tensors, where=spec)
-        logger.info("everything starts from %s", spec)
-        return
+        return _start_file(network, folder, training)
     if (folder / "model" / CONFIG).is_file():
         folder = folder / "model"
     if not (folder / CONFIG).is_file():
         raise WeightsError(
             f"{spec}: nothing to start from; expected minilm, a BERT folder, a shipped name, "
-            "a model or run folder, or an official ALBEF checkpoint"
+            "a model or run folder, or an official ALBEF or BLIP checkpoint"
         )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
-        tokenizer = load_tokenizer(folder) if _is_med(network) else None
-        start_id = tokenizer.start_id if tokenizer else -1
+        start_id = load_tokenizer(folder).start_id if _is_med(network) else None
         start_parts(network, read_tensors(folder / WEIGHTS), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
     else:
         raise WeightsError(f"{spec}: model type {settings.get('model_type')!r} can't start a text tower; BERT can")
+    return None
+
+
+def _start_file(network: nn.Module, path: Path, training: bool) -> Training | None:
+    found = read_official(path, training=training)
+    start_parts(network, found.network, where=str(path), start_id=wordpiece().start_id)
+    if found.training is None:
+        return None
+    teacher = found.training.teacher
+    own = {name: value.shape for name, value in network.state_dict().items()}
+    if any(name not in teacher or teacher[name].shape != shape for name, shape in own.items()):
+        logger.info("%s: its teacher lacks parts of this network, whose copy teaches instead", path)
+        return None
+    return replace(found.training, teacher={name: teacher[name] for name in own})
 
 
 def start_text(network: nn.Module, folder: Path) -> None:
@@ -106,16 +122,16 @@ def start_text(network: nn.Module, folder: Path) -> None:
     logger.info("text tower starts from %s", folder.name)
 
 
-def start_parts(network: nn.Module, theirs: Mapping[str, Tensor], *, where: str, start_id: int) -> None:
-    """Copy every part (a direct child or parameter) that an earlier stage's tensors also have, each whole.
+def start_parts(network: nn.Module, given: Mapping[str, Tensor], *, where: str, start_id: int | None = None) -> None:
+    """Copy every part (a direct child or parameter) that another network also has, each whole.
 
-    The text tower's layers may differ in number, and its cross-attention begins afresh where the earlier stage has
-    none: see `vlm.weights.keymaps.stages`. start_id: of the text's first token, as which [ENC] and [DEC] begin
-    where the earlier stage hasn't got them. Raises WeightsError when no tower is shared, or a shared part has
-    another shape.
+    given: that network's tensors, in our names. The text tower's layers may differ in number, and its
+    cross-attention begins afresh where there was none: see `vlm.weights.keymaps.stages`. start_id: of the text's
+    first token, as which [ENC] and [DEC] begin where they are new. Raises WeightsError when no tower is shared, or
+    a shared part has another shape.
     """
     own = network.state_dict()
-    tensors = _as_med(network, theirs, start_id, where) if _is_med(network) else _as_ours(network, theirs, where)
+    tensors = _as_med(network, given, start_id, where) if _is_med(network) else _as_ours(network, given, where)
     names = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):
@@ -131,7 +147,7 @@ def _is_med(network: nn.Module) -> bool:
     return getattr(getattr(network, "config", None), "dec_id", None) is not None
 
 
-def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, where: str) -> dict[str, Tensor]:
+def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int | None, where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage, or of a MED with other roles, under the names that the network has for them."""
     config: Any = network.config
     try:
@@ -144,7 +160,11 @@ def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, whe
         if not sources:
             continue
         value = theirs[sources[0]]
+        if re.fullmatch(FRESH, name) and value.shape != own.shape:
+            continue  # what looks at images can't look at a question of another width
         more = len(own) - len(value) if name.endswith("tokens.weight") or name in WORD_BIASES else 0
+        if more > 0 and start_id is None:
+            raise WeightsError(f"{where}: {sources[0]} has {len(value)} words, this network {len(own)}")
         # The tokens that the earlier stage hasn't got begin as the one that its texts begin with.
         out[name] = torch.cat([value, value[start_id][None].expand(more, *value.shape[1:])]) if more > 0 else value
     return out
