@@ -30,9 +30,9 @@ FAMILIES = {
     "clip": Family(ClipConfig, Clip),
     "vilt": Family(ViltConfig, Vilt),
     "albef": Family(AlbefConfig, Albef),
+    "blip": Family(BlipConfig, Blip),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "albef-vqa": Family(VqaConfig, Vqa),
-    "blip": Family(BlipConfig, Blip),
 }
 
 
