@@ -232,7 +232,7 @@ class Transformer(nn.Module):
     def image_states(self, states: Tensor) -> list[KeyValues | None]:
         """Project image states (B, N, cross width) to keys and values, for each layer that looks at them."""
         crosses = (cast(Layer, layer).cross_attn for layer in self.layers)
-        return [None if cross is None or cross.kv is None else cross.keys_values(states) for cross in crosses]
+        return [None if cross is None or cross.kv is None else _settled(cross.keys_values(states)) for cross in crosses]
 
     def forward(
         self,
@@ -289,6 +289,11 @@ class Transformer(nn.Module):
         if self.final_norm is not None and chosen and chosen[-1] is self.layers[-1]:
             x = self.final_norm(x)
         return x
+
+
+def _settled(pair: KeyValues) -> KeyValues:
+    # Read many times without gradient, as in generation: in one piece, a CPU reads them about twice as fast.
+    return pair if torch.is_grad_enabled() else KeyValues(pair.keys.contiguous(), pair.values.contiguous())
 
 
 def _check(config: TransformerConfig) -> None:
