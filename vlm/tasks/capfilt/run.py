@@ -31,8 +31,9 @@ logger = logging.getLogger("vlm.capfilt")
 
 Progress = Callable[[int, int], None]
 """Called with pictures done and pictures in all whenever a shard is written."""
-NAMES = ("web", "human", "check", "model", "captioner", "judge", "pretrain")
-"""Settings of which the content counts, not the name, and one that comes after everything else."""
+HEADS: dict[Part, str] = {"captioner": "lm", "filter": "itm"}
+NAMES = ("web", "human", "check", "model", "captioner", "judge", "training", "tune", "pretrain")
+"""Settings of which the content counts, not the name, and those of the new model, which comes last."""
 SHOWN = 24
 """Pictures on the page."""
 
@@ -79,6 +80,7 @@ def run_capfilt(
         raise ConfigError("CapFilt runs as one process; for several machines or GPUs use engine ray")
     if how.engine == "ray":
         check_ray()
+    new = pretraining(config, out / DATA) if pretrain else None  # a wrong setting shows before the work
     sources = {"web": open_source(config.web), "human": open_source(config.human)}
     _sweep(out)
     parts = _tune(config, out, here, sources)
@@ -86,11 +88,10 @@ def run_capfilt(
     job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, _device(how), how.workers)
     _work(job, units, sources, how, progress)
     report = _report(job, units, sources)
-    if not pretrain:
+    if new is None:
         return Result(report, out / DATA, None)
-    run = pretraining(config, out / DATA)
-    settle(out / "pretrained.json", {"training": run}, what="the new model")
-    return Result(report, out / DATA, train_once(run, out / "pretrained", here, evaluation))
+    settle(out / "pretrained.json", {"training": replace(new, data=())}, what="the new model")
+    return Result(report, out / DATA, train_once(new, out / "pretrained", here, evaluation))
 
 
 def _tune(config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Source]) -> dict[str, str]:
@@ -98,28 +99,41 @@ def _tune(config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Sour
     wanted: dict[Part, str] = {"captioner": config.captioner, "filter": config.judge}
     if not config.synthetic:
         del wanted["captioner"]
-    missing: list[Part] = [part for part, given in wanted.items() if not given]
+    models = {part: load(given, device="cpu") for part, given in wanted.items() if given}
+    missing = [part for part in wanted if part not in models]
     settings = {name: value for name, value in vars(config).items() if name not in NAMES}
     began: dict[str, Any] = {"settings": settings, "data": _fingerprints(config, sources)}
     start = out / "start"
     runs = {}
     if missing:
-        model = load(config.model, device="cpu")
-        need_heads(model, *(["lm"] if "captioner" in missing else []), *(["itm"] if "filter" in missing else []))
-        began["model"] = weights_digest(model.network)
-        runs = {part: tuning(config, part, model, start) for part in missing}
+        first = load(config.model, device="cpu")
+        models |= dict.fromkeys(missing, first)
+        runs = {part: tuning(config, part, first, start) for part in missing}
+        began["model"] = weights_digest(first.network)
         began["training"] = {part: replace(run, start=(), data=()) for part, run in runs.items()}
+    for part, model in models.items():
+        need_heads(model, HEADS[part])
+    if "captioner" in models:
+        _check_length(models["captioner"], config)
+    # Nothing was written before: a refusal above leaves the folder free for other settings.
     settle(out / "capfilt.json", began, what="this CapFilt")
     if missing and not (start / CONFIG).is_file():
-        model.save(start)
-    made = {part: str(train_once(run, out / part, here)) for part, run in runs.items()}
-    places = {part: made.get(part, given) for part, given in wanted.items()}
-    models = {part: load(place, device="cpu") for part, place in places.items()}
-    for part, one in models.items():
-        need_heads(one, "lm" if part == "captioner" else "itm")
-    digests = {str(part): weights_digest(one.network) for part, one in models.items()}
-    settle(out / "models.json", digests, what="the texts")
+        first.save(start)
+    places = {part: str(train_once(runs[part], out / part, here)) if part in runs else wanted[part] for part in wanted}
+    models |= {part: load(places[part], device="cpu") for part in runs}
+    settle(out / "models.json", {part: weights_digest(models[part].network) for part in wanted}, what="the texts")
     return {"captioner": places.get("captioner", ""), "judge": places["filter"]}
+
+
+def _check_length(captioner: VisionLanguageModel, config: CapfiltConfig) -> None:
+    """Raises ConfigError where the captioner can't write texts as long as they may be."""
+    network: Any = captioner.network
+    given, limit = 1 + len(network.config.prompt_ids), network.config.text.context_length
+    if given + config.generation.max_new_tokens > limit:
+        raise ConfigError(
+            f"{captioner.name}: {given} tokens and max_new_tokens {config.generation.max_new_tokens} are more than its "
+            f"texts can have, {limit}; lower max_new_tokens"
+        )
 
 
 def _work(job: Job, units: list[Unit], sources: dict[str, Source], how: Execution, progress: Progress | None) -> None:
