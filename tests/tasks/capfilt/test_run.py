@@ -13,6 +13,7 @@ import torch
 
 import vlm
 from tests.tasks.capfilt.small import ALONE, BROKEN, HERE, content, med, settings
+from tests.tasks.small import random_model
 from vlm.data.images import decode_image
 from vlm.data.sources import open_source
 from vlm.errors import ConfigError, DataError, MissingVerbError
@@ -205,7 +206,10 @@ def test_heads_settings_and_ranks_that_cant_be_used(folder: Path, tmp_path: Path
     med(heads=("itc", "itm")).save(tmp_path / "retriever")
     with pytest.raises(MissingVerbError, match="has no lm head"):
         run(settings(folder, captioner="", model=str(tmp_path / "retriever")), tmp_path / "out")
-    assert not (tmp_path / "out" / "capfilt.json").exists()
+    with pytest.raises(MissingVerbError, match="a clip model has no lm and itm head of a MED"):
+        random_model().save(tmp_path / "clip")
+        run(settings(folder, captioner="", judge="", model=str(tmp_path / "clip")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(MissingVerbError, match="has no lm head"):
         run(settings(folder, captioner=str(tmp_path / "retriever")), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"capfilt\.model: name the pre-trained MED that captioner and judge"):

@@ -107,6 +107,7 @@ def _tune(config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Sour
     runs = {}
     if missing:
         first = load(config.model, device="cpu")
+        need_heads(first, *(HEADS[part] for part in missing))
         models |= dict.fromkeys(missing, first)
         runs = {part: tuning(config, part, first, start) for part in missing}
         began["model"] = weights_digest(first.network)

@@ -48,6 +48,7 @@ def tuning(config: CapfiltConfig, part: Part, model: VisionLanguageModel, start:
         name=part,
         model=replace(network.config, label_smoothing=base.model.label_smoothing, **weights),
         start=(str(start),),
+        tokenizer="clip_bpe" if model.tokenizer.to_dict()["kind"] == "clip" else "wordpiece",
         data=config.human,
         validation=(),
         images=ImagesConfig(seen.mean, seen.std, seen.resize),
