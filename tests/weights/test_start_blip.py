@@ -16,6 +16,7 @@ from tests.weights.test_stages import ALBEF, IMAGE, TEXT, albef_folder, begun, c
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
+from vlm.models.albef_heads import ClassifierConfig, Nlvr2, med_two_image_text
 from vlm.models.blip import SHARING, Blip, BlipConfig
 from vlm.models.vqa import Vqa, VqaConfig, med_answer_decoder
 from vlm.weights.files import save_model
@@ -134,6 +135,17 @@ def test_vqa_reads_as_the_encoder_and_answers_as_the_decoder(tmp_path: Path, sha
     for name, value in captioner.state_dict().items():
         if name.startswith("decoder."):
             assert torch.equal(after[name], before[name] if ".cross_attn.kv.w" in name else value), name
+
+
+def test_nlvr2_looks_at_both_images_as_blip_did_at_one(tmp_path: Path) -> None:
+    theirs = blip_folder(tmp_path / "blip", BLIP).state_dict()
+    network = Nlvr2(ClassifierConfig(IMAGE, med_two_image_text(MED), "nlvr2", enc_id=30523))
+    before, after = begun(network, tmp_path / "blip")
+    for name, value in after.items():
+        wanted = theirs.get(name.replace(".cross_other.", ".cross_attn."), before[name])
+        assert torch.equal(value, wanted), name
+    assert {n.split(".")[0] for n, v in after.items() if torch.equal(v, before[n])} == {"text", "nlvr2_head"}
+    assert all("cross_merge" in n for n, v in after.items() if n.startswith("text") and torch.equal(v, before[n]))
 
 
 @pytest.mark.parametrize("heads", [("itc", "itm", "lm"), ("lm",), ("itc", "itm")])
