@@ -187,7 +187,7 @@ def check(found: dict[str, list[tuple[Pair, Pair]]]) -> float:
     if texts[0] != texts[1]:
         raise AssertionError(f"the texts differ: {json.dumps(texts)[:2000]}")
     if len({word for _, (text, _) in here for word in text.split()}) < 3:
-        raise AssertionError("all synthetic texts repeat one word, so that equal ones say nothing")
+        raise AssertionError(f"all synthetic texts repeat one word, so that equal ones say nothing: {texts[0][:3]}")
     scores = np.array([[[score for _, score in pairs] for pairs in side] for side in (here, there)])
     difference = float(np.abs(scores[0] - scores[1]).max())
     if np.ptp(scores[0], axis=0).min() < 1e-3:

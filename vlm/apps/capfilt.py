@@ -52,8 +52,10 @@ class CapfiltOptions:
     shard_samples: Annotated[int, _option("Pictures of a shard, the most that a kill loses.")] = 1000
     check: Annotated[list[str] | None, _option("Set to measure the filter on. [the human one]", "--check")] = None
     check_pictures: Annotated[int, _option("Pictures of it at most.")] = 1000
-    config: Annotated[str, _option("BLIP configuration of all trainings: tiny, base, or a YAML file.")] = "tiny"
-    tune: Annotated[list[str] | None, _option("KEY=VALUE for both fine-tunings. [train.epochs=5]", "--tune")] = None
+    captioner_config: Annotated[str, _option("BLIP configuration of the captioner's tuning, or YAML.")] = "caption-tiny"
+    filter_config: Annotated[str, _option("BLIP configuration of the filter's tuning, or YAML.")] = "filter-tiny"
+    config: Annotated[str, _option("BLIP configuration of the new model: tiny, base, or YAML.")] = "tiny"
+    tune: Annotated[list[str] | None, _option("KEY=VALUE for both tunings, such as train.epochs=3.", "--tune")] = None
     pretrain: Annotated[list[str] | None, _option("KEY=VALUE for the new model.", "--pretrain")] = None
     train: Annotated[bool, _option("Whether to train a new model on the result.", "--train/--no-train")] = True
     engine: Annotated[str, _option("local, or ray for actors of Ray Data.")] = "local"
@@ -113,12 +115,13 @@ def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
     )
-    given: dict[str, Any] = {} if options.tune is None else {"tune": tuple(options.tune)}
     names = ("model", "captioner", "judge", "synthetic", "filtering", "threshold", "web_field", "seed")
-    given |= {name: getattr(options, name) for name in names}
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
+    given |= {"captioner_training": options.captioner_config, "judge_training": options.filter_config}
     config = CapfiltConfig(
         tuple(options.web), tuple(options.human), generation=generation, shard_samples=options.shard_samples,
         check=tuple(options.check or ()), check_pictures=options.check_pictures, training=options.config,
+        tune=tuple(options.tune or ()),
         pretrain=tuple(options.pretrain or ()), **given,
     )  # fmt: skip
     execution = ("engine", "address", "actors", "actor_gpus", "batch_size", "workers", "device")

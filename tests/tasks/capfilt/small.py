@@ -107,7 +107,8 @@ def settings(folder: Path, **changes: Any) -> CapfiltConfig:
     given: dict[str, Any] = {
         "captioner": str(folder / "captioner"), "judge": str(folder / "filter"), "shard_samples": 4,
         "generation": GenerationConfig("nucleus", max_new_tokens=6, min_new_tokens=2),
-        "training": str(folder / "new.yaml"), "tune": ("train.steps=2",), "check_pictures": 4,
+        **dict.fromkeys(("training", "captioner_training", "judge_training"), str(folder / "new.yaml")),
+        "tune": ("train.steps=2",), "check_pictures": 4,
     }  # fmt: skip
     return CapfiltConfig((web,), (human,), **(given | changes))
 

@@ -60,5 +60,5 @@ def test_a_missing_head_is_named() -> None:
         Judge(med(heads=("lm",)))
     with pytest.raises(MissingVerbError, match=r"med 0.* has no lm head \(it has: itc, itm\)"):
         need_heads(med(heads=("itc", "itm")), "itm", "lm")
-    with pytest.raises(MissingVerbError, match="has no lm and itm head of a MED; CapFilt needs a BLIP"):
+    with pytest.raises(MissingVerbError, match="has no lm, itm head of a MED; CapFilt needs a BLIP"):
         need_heads(colour_model(), "lm", "itm")

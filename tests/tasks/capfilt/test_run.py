@@ -206,7 +206,7 @@ def test_heads_settings_and_ranks_that_cant_be_used(folder: Path, tmp_path: Path
     med(heads=("itc", "itm")).save(tmp_path / "retriever")
     with pytest.raises(MissingVerbError, match="has no lm head"):
         run(settings(folder, captioner="", model=str(tmp_path / "retriever")), tmp_path / "out")
-    with pytest.raises(MissingVerbError, match="a clip model has no lm and itm head of a MED"):
+    with pytest.raises(MissingVerbError, match="a clip model has no lm, itc, itm head of a MED"):
         random_model().save(tmp_path / "clip")
         run(settings(folder, captioner="", judge="", model=str(tmp_path / "clip")), tmp_path / "out")
     assert not (tmp_path / "out").exists()

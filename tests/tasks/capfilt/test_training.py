@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def losses(run: Path) -> set[str]:
     return {name for line in read_metrics(run / "metrics.jsonl") for name in line} & {"itc", "itm", "lm"}
 
 
+def began_as(name: str, first: dict[str, torch.Tensor]) -> str:
+    """What a tensor of the captioner, whose one text transformer is a decoder, was called in the MED."""
+    whole = name.replace("decoder.", "text.", 1)
+    routed = whole.replace(".self_attn.text.", ".self_attn.decoder.").replace(".self_norm.", ".route_norm.decoder.")
+    return routed if name.startswith("decoder.") and routed in first else whole
+
+
 def test_both_begin_as_the_same_model_and_learn_their_own_losses(tmp_path: Path) -> None:
     med().save(tmp_path / "med")
     given: dict[str, Any] = {"captioner": "", "judge": "", "model": str(tmp_path / "med")}
@@ -28,7 +36,8 @@ def test_both_begin_as_the_same_model_and_learn_their_own_losses(tmp_path: Path)
     first = vlm.load(tmp_path / "med", device="cpu").network.state_dict()
     for part, learnt in (("captioner", {"lm"}), ("filter", {"itc", "itm"})):
         state = vlm.load(tmp_path / "out" / part, device="cpu").network.state_dict()
-        assert all(torch.equal(state[name], value) for name, value in first.items())  # with a rate of 0 the start shows
+        # With a rate of 0 the start shows.
+        assert all(torch.equal(value, first[began_as(name, first)]) for name, value in state.items())
         assert losses(tmp_path / "out" / part) == learnt
     assert result.model == tmp_path / "out" / "pretrained" / "model"
     assert losses(tmp_path / "out" / "pretrained") == {"itc", "itm", "lm"}
@@ -48,14 +57,18 @@ def test_both_begin_as_the_same_model_and_learn_their_own_losses(tmp_path: Path)
         run_capfilt(config, tmp_path / "out", ALONE, how=HERE)
 
 
-def test_weights_of_the_losses_are_the_configurations(tmp_path: Path) -> None:
-    config = settings(tmp_path, tune=("model.lm_weight=0.7", "model.itm_weight=2", "train.teacher.decay=0.9"))
+def test_how_they_learn_is_the_configurations_and_what_they_are_the_models(tmp_path: Path) -> None:
+    more = ("model.lm_weight=0.7", "model.itm_weight=2", "train.teacher.decay=0.9", "model.embed_dim=8")
+    config = settings(tmp_path, tune=(*more, "train.best=match_order"))
     captioner, judge = (tuning(config, part, med(), tmp_path / "start") for part in ("captioner", "filter"))  # type: ignore[arg-type]
-    assert (captioner.model.itc_weight, captioner.model.itm_weight, captioner.model.lm_weight) == (0, 0, 0.7)
-    assert (judge.model.itc_weight, judge.model.itm_weight, judge.model.lm_weight) == (1, 2, 0)
+    assert captioner.model.heads == ("lm",) and judge.model.heads == ("itc", "itm")
+    assert (captioner.model.lm_weight, judge.model.itc_weight, judge.model.itm_weight) == (0.7, 1, 2)
     assert captioner.train.teacher.decay == 0 and judge.train.teacher.decay == 0.9
-    assert captioner.data == judge.data == config.human
-    with pytest.raises(ConfigError, match=r"the filter is trained with model\.itc_weight, model\.itm_weight"):
+    assert captioner.data == judge.data == config.human and judge.model.embed_dim == 16
+    assert judge.validation == () and judge.train.best == ""
+    measured = tuning(replace(config, check=config.human), "filter", med(), tmp_path / "start")
+    assert measured.validation == config.human and measured.train.best == "match_order"
+    with pytest.raises(ConfigError, match=r"the filter learns by itc and itm: set model\.itm_weight above 0"):
         tuning(settings(tmp_path, tune=("model.itm_weight=0",)), "filter", med(), tmp_path / "start")
 
 

@@ -19,7 +19,7 @@ from vlm.tasks.capfilt.judge import Judge, need_heads
 from vlm.tasks.capfilt.page import as_page
 from vlm.tasks.capfilt.report import as_markdown, tally
 from vlm.tasks.capfilt.settings import CapfiltConfig, Execution
-from vlm.tasks.capfilt.training import Evaluation, Part, pretraining, train_once, tuning
+from vlm.tasks.capfilt.training import HEADS, Evaluation, Part, pretraining, train_once, tuning
 from vlm.tasks.capfilt.units import Unit, find_units
 from vlm.tasks.capfilt.work import DATA, JUDGED, Job, record_path
 from vlm.train.distributed import Ranks
@@ -31,9 +31,10 @@ logger = logging.getLogger("vlm.capfilt")
 
 Progress = Callable[[int, int], None]
 """Called with pictures done and pictures in all whenever a shard is written."""
-HEADS: dict[Part, str] = {"captioner": "lm", "filter": "itm"}
-NAMES = ("web", "human", "check", "model", "captioner", "judge", "training", "tune", "pretrain")
-"""Settings of which the content counts, not the name, and those of the new model, which comes last."""
+NAMES = ("web", "human", "check", "model", "captioner", "judge", "captioner_training", "judge_training", "tune")
+"""Settings of which the content counts, not the name."""
+LAST = ("training", "pretrain")
+"""Settings of the new model, which comes last."""
 SHOWN = 24
 """Pictures on the page."""
 
@@ -68,7 +69,7 @@ def run_capfilt(
         here: from `vlm.train.distributed.ranks`; a single rank.
         how: engine, batch size, workers, device.
         pretrain: whether to train a new model on the result.
-        evaluation: what is measured while that one trains.
+        evaluation: what is measured on validation sets while models train.
         progress: told of each shard.
 
     Raises:
@@ -83,7 +84,7 @@ def run_capfilt(
     new = pretraining(config, out / DATA) if pretrain else None  # a wrong setting shows before the work
     sources = {"web": open_source(config.web), "human": open_source(config.human)}
     _sweep(out)
-    parts = _tune(config, out, here, sources)
+    parts = _tune(config, out, here, sources, evaluation)
     units = find_units(sources, config.shard_samples)
     job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, _device(how), how.workers)
     _work(job, units, sources, how, progress)
@@ -94,33 +95,36 @@ def run_capfilt(
     return Result(report, out / DATA, train_once(new, out / "pretrained", here, evaluation))
 
 
-def _tune(config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Source]) -> dict[str, str]:
+def _tune(
+    config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Source], evaluation: Evaluation | None
+) -> dict[str, str]:
     """Step 1: folders of captioner (empty where none is wanted) and filter, made here unless they were given."""
     wanted: dict[Part, str] = {"captioner": config.captioner, "filter": config.judge}
     if not config.synthetic:
         del wanted["captioner"]
     models = {part: load(given, device="cpu") for part, given in wanted.items() if given}
     missing = [part for part in wanted if part not in models]
-    settings = {name: value for name, value in vars(config).items() if name not in NAMES}
+    settings = {name: value for name, value in vars(config).items() if name not in (*NAMES, *LAST)}
     began: dict[str, Any] = {"settings": settings, "data": _fingerprints(config, sources)}
     start = out / "start"
     runs = {}
     if missing:
         first = load(config.model, device="cpu")
-        need_heads(first, *(HEADS[part] for part in missing))
+        need_heads(first, *(head for part in missing for head in HEADS[part]))
         models |= dict.fromkeys(missing, first)
         runs = {part: tuning(config, part, first, start) for part in missing}
         began["model"] = weights_digest(first.network)
         began["training"] = {part: replace(run, start=(), data=()) for part, run in runs.items()}
     for part, model in models.items():
-        need_heads(model, HEADS[part])
+        need_heads(model, *HEADS[part])
     if "captioner" in models:
         _check_length(models["captioner"], config)
     # Nothing was written before: a refusal above leaves the folder free for other settings.
     settle(out / "capfilt.json", began, what="this CapFilt")
     if missing and not (start / CONFIG).is_file():
         first.save(start)
-    places = {part: str(train_once(runs[part], out / part, here)) if part in runs else wanted[part] for part in wanted}
+    made = {part: str(train_once(run, out / part, here, evaluation)) for part, run in runs.items()}
+    places = {part: made.get(part, given) for part, given in wanted.items()}
     models |= {part: load(places[part], device="cpu") for part in runs}
     settle(out / "models.json", {part: weights_digest(models[part].network) for part in wanted}, what="the texts")
     return {"captioner": places.get("captioner", ""), "judge": places["filter"]}

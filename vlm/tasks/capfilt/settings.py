@@ -44,15 +44,21 @@ class CapfiltConfig:
     shard_samples: int = 1000
     """Pictures that are worked on, and written, as one."""
     check: tuple[str, ...] = ()
-    """Sets whose texts are exchanged to measure the filter with; empty for the human ones."""
+    """Sets that captioner and filter are measured on while they train, and whose texts are exchanged to measure the
+    finished filter; empty for the human ones, at the end alone."""
     check_pictures: int = 1000
     """Pictures of these at most, half of which get another one's text."""
+    captioner_training: str = "caption-tiny"
+    """Configuration of the captioner's fine-tuning: one of the BLIP stage's, or a YAML file; the network's shape is
+    the pre-trained one's."""
+    judge_training: str = "filter-tiny"
+    """Likewise of the filter's."""
     training: str = "tiny"
-    """Configuration of the BLIP stage: a size, or a YAML file."""
-    tune: tuple[str, ...] = ("train.epochs=5",)
-    """Changes to it, KEY=VALUE, for the fine-tuning of captioner and filter."""
+    """Configuration of the new model."""
+    tune: tuple[str, ...] = ()
+    """Changes, KEY=VALUE, to both fine-tunings."""
     pretrain: tuple[str, ...] = ()
-    """Changes to it for the new model."""
+    """Changes to the training of the new model."""
 
     def __post_init__(self) -> None:
         check_least(self, "capfilt", {"seed": 0, "shard_samples": 1, "check_pictures": 2})
