@@ -101,6 +101,7 @@ def make(options: argparse.Namespace, folder: Path) -> None:
 def ours(options: argparse.Namespace, folder: Path, strategy: str) -> Run:
     """A shard by `vlm.tasks.capfilt`'s worker, written into a folder of its own each time."""
     tokens = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens - 1}
+    tokens |= {"no_repeat_ngram": 1} if strategy == "greedy" else {}  # random weights would repeat one token
     config = CapfiltConfig(
         (str(folder / "web"),), (str(folder / "web"),), captioner="given", judge="given",
         generation=GenerationConfig(strategy, **tokens),  # type: ignore[arg-type]
@@ -127,7 +128,7 @@ def theirs(options: argparse.Namespace, folder: Path, strategy: str) -> Run:
     tokenizer = wordpiece(max_length=judge.config.text_config.max_position_embeddings)
     start = judge.config.text_config.vocab_size - 1  # [ENC]
     settings: dict[str, Any] = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens - 1}
-    settings |= {"do_sample": True, "top_p": 0.9, "top_k": 0} if strategy == "nucleus" else {"do_sample": False}
+    settings |= {"do_sample": True, "top_p": 0.9, "top_k": 0} if strategy == "nucleus" else {"no_repeat_ngram_size": 1}
     from vlm.data.sources import open_source
 
     source = open_source(str(folder / "web"))
