@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from tests.train.small import ALONE, batch, make_batches, trainer
 from vlm.data.batch import Batch
 from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.blip import Blip, BlipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
@@ -35,7 +38,21 @@ def albef(**settings: Any) -> nn.Module:
     return Albef(AlbefConfig(IMAGE, TEXT, embed_dim=16, **settings))
 
 
-STAGES = {"vilt": vilt, "albef": albef}
+def blip(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    text = replace(TEXT, cross_layers=(0, 1, 2))
+    return Blip(BlipConfig(IMAGE, text, embed_dim=16, enc_id=49, dec_id=48, prompt_ids=(7, 8), **settings))
+
+
+STAGES = {
+    "vilt": vilt,
+    "albef": albef,
+    "blip": blip,
+    "blip apart": partial(blip, sharing="none"),
+    "blip as one": partial(blip, sharing="all"),
+    "captioner": partial(blip, heads=("lm",)),
+    "retriever": partial(blip, heads=("itc", "itm")),
+}
 
 
 def hidden(numbers: list[int]) -> Batch:

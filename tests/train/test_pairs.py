@@ -52,7 +52,7 @@ def whole(model: Any, teaching: Teaching | None) -> tuple[dict[str, torch.Tensor
         teacher: Any = teaching.teacher.network
         with torch.no_grad():
             features, states, inputs = teacher(rows)
-            targets = teacher.teach(rows, states, inputs)
+            targets = teacher.teach(rows, states, inputs) if hasattr(teacher, "teach") else {}
         own, held = {n: features[n] for n in ("image", "text")}, teaching.queue.rows()
         columns = {name: torch.cat([value, held[name]]) for name, value in own.items()}
         taught = Taught(own, columns, torch.cat([rows.ids, held["ids"]]), teaching.alpha(STEP))
@@ -72,11 +72,14 @@ def assert_same(found: dict[str, torch.Tensor | None], expected: dict[str, torch
     assert sum(gradient.norm() ** 2 for gradient in expected.values()) > 1e-2
 
 
-CASES = [("vilt", False), ("albef", False), ("albef", True)]
+CASES = [("vilt", False), ("albef", False), ("albef", True), ("blip", False), ("blip", True)]
+SETTINGS = [("blip apart", True), ("blip as one", False), ("captioner", False), ("retriever", True)]
 
 
-@pytest.mark.parametrize(("stage", "taught"), CASES)
-@pytest.mark.parametrize("parts", [1, 2, 3, 11])
+@pytest.mark.parametrize(
+    ("stage", "taught", "parts"),
+    [(*case, parts) for case in CASES for parts in (1, 2, 3, 11)] + [(*case, 3) for case in SETTINGS],
+)
 def test_accumulated_gradient_is_the_big_batchs(stage: str, taught: bool, parts: int) -> None:
     model = STAGES[stage]()
     expected, losses = whole(copy.deepcopy(model), teaching_of(model) if taught else None)
@@ -142,6 +145,10 @@ def ranks_task(here: Ranks, kind: str, stage: str, taught: bool, parts: int, exp
         ("ddp", "albef", False, 3),
         ("fsdp", "albef", True, 2),
         ("fsdp", "vilt", False, 1),
+        ("ddp", "blip", True, 2),
+        ("ddp", "captioner", False, 2),
+        ("fsdp", "blip", True, 2),
+        ("fsdp", "blip apart", False, 1),
     ],
 )
 def test_two_ranks_equal_one(kind: str, stage: str, taught: bool, parts: int) -> None:

@@ -92,14 +92,23 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
     Raises ConfigError when they don't fit.
     """
     text = getattr(config.model, "text", config.model)
+    room = text.context_length - len(getattr(config.model, "prompt_ids", ()))  # a prompt comes before each text
     make = {"wordpiece": wordpiece, "clip_bpe": clip_bpe}[config.tokenizer]
-    longest = min(text.context_length, config.loader.max_length or text.context_length)
+    longest = min(room, config.loader.max_length or room)
     if longest < 2:
         raise ConfigError(f"context_length {longest}: a text has at least 2 tokens, its start and its end")
     tokenizer = make(max_length=longest)
     if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
             f"model.text.vocab_size is {text.vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens"
+        )
+    taken = [
+        name for name in ("enc_id", "dec_id") if getattr(config.model, name, text.vocab_size) < tokenizer.vocab_size
+    ]
+    if taken:
+        raise ConfigError(
+            f"model.{taken[0]} {getattr(config.model, taken[0])} is a word of {config.tokenizer}; choose ids from "
+            f"{tokenizer.vocab_size} on, and model.text.vocab_size to hold them"
         )
     return tokenizer
 

