@@ -110,7 +110,9 @@ def unfit_towers(config: Any, *, types: bool) -> dict[str, bool]:
 
 
 def unfit_pools(config: Any) -> dict[str, bool]:
-    """Reasons why the features can't be held, and whether they are so."""
+    """Reasons why the features can't be held, and whether they are so; a network without an itc head has none."""
+    if "itc" not in getattr(config, "heads", ("itc",)):
+        return {}
     return {
         "its image feature is a mean over patches": config.image_pool != "cls",
         f"its text feature is {config.text_pool!r}, not the [CLS] state": config.text_pool != "cls",
