@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import vlm
 from tests.train.small import ALONE, forget_last, spawn
+from tests.weights import albef_reference, blip_reference
 from tests.weights.albef_reference import QUEUE, reference
 from vlm.apps.cli import app
 from vlm.data.loader import shuffled_texts
@@ -126,20 +128,21 @@ def test_start_tokens_and_prompts_have_their_room(folder: Path, tmp_path: Path) 
     assert make_tokenizer(config).max_length == 29  # of 32
 
 
-def test_pre_training_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "made"), [("albef", albef_reference), ("blip", blip_reference)])
+def test_pre_training_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path, stage: str, made: Any) -> None:
     """Student, teacher, queue and pointer come along; with a rate of 0 they show in the first checkpoint."""
-    path = tmp_path / "ALBEF.pth"
-    torch.save({"model": reference().checkpoint()}, path)
+    path = tmp_path / "official.pth"
+    torch.save({"model": made.reference().checkpoint()}, path)
     official = read_official(path, training=True)
     changes = [
         *COMMON[1:], f"data={json.dumps([str(folder)])}", f"start={json.dumps([str(path)])}", "validation=[]",
         "train.optim.lr=0", "train.steps=1", f"train.teacher.queue={QUEUE + 3}",
     ]  # fmt: skip
-    recipe = load_config(run_kind("albef"), named_config("albef", "tiny"), changes)
+    recipe = load_config(run_kind(stage), named_config(stage, "tiny"), changes)
     config = RunConfig(**{**vars(recipe), "model": official.config})
     with pytest.raises(ConfigError, match=f"train.teacher.queue is {QUEUE + 3}"):
         train_stage(config, tmp_path / "run", ALONE, progress=False)
-    fitting = load_config(run_kind("albef"), named_config("albef", "tiny"), [*changes, f"train.teacher.queue={QUEUE}"])
+    fitting = load_config(run_kind(stage), named_config(stage, "tiny"), [*changes, f"train.teacher.queue={QUEUE}"])
     train_stage(RunConfig(**{**vars(fitting), "model": official.config}), tmp_path / "run", ALONE, progress=False)
     student = vlm.load(tmp_path / "run", device="cpu").network.state_dict()
     assert all(torch.equal(student[name], value) for name, value in official.network.items())
