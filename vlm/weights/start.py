@@ -16,8 +16,8 @@ from vlm.weights.albef import load_albef_training
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, text_layers
-from vlm.weights.load import shipped_folder
 from vlm.weights.rules import to_ours
+from vlm.weights.shipped import model_tensors, shipped_folder
 
 logger = logging.getLogger("vlm.weights")
 
@@ -103,7 +103,7 @@ def start_parts(network: nn.Module, folder: Path) -> None:
     none: see `vlm.weights.keymaps.stages`. Raises WeightsError when no tower is shared, or a shared part has
     another shape.
     """
-    tensors = _as_ours(network, read_tensors(folder / WEIGHTS), where=str(folder))
+    tensors = _as_ours(network, model_tensors(folder), where=str(folder))
     own = network.state_dict()
     theirs = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & theirs)
