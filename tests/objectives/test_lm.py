@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.objectives.lm import lm, next_tokens
+from vlm.objectives.lm import lm, next_tokens, with_prompt
 from vlm.objectives.mlm import IGNORED
 
 IDS = torch.tensor([[1, 11, 12, 13, 2], [1, 14, 2, 0, 0]])
@@ -26,6 +26,14 @@ def test_each_token_is_followed_by_the_next_and_padding_by_nothing() -> None:
 
 def test_a_prompt_is_given_and_not_to_be_said() -> None:
     assert next_tokens(IDS, MASK, given=3).tolist() == [[IGNORED, IGNORED, 13, 2], [IGNORED] * 4]
+
+
+def test_a_prompt_stands_behind_the_start_token() -> None:
+    ids, mask = with_prompt(IDS, MASK, (7, 8))
+    assert ids.tolist() == [[1, 7, 8, 11, 12, 13, 2], [1, 7, 8, 14, 2, 0, 0]]
+    assert mask.sum(dim=1).tolist() == [7, 5] and mask[1].tolist() == [True] * 5 + [False] * 2
+    ids, mask = with_prompt(IDS, MASK.long(), ())
+    assert torch.equal(ids, IDS) and torch.equal(mask, MASK)
 
 
 def test_smoothed_loss_by_hand() -> None:

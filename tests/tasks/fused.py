@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tests.tasks.small import WORDS, ColourNetwork, colour_model
 from vlm.data.transforms import ImageTransform
 from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.blip import Blip, BlipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
@@ -50,6 +52,14 @@ def fused_model(seed: int = 0) -> VisionLanguageModel:
     """A small ALBEF; `network.asked` counts the rows of each verb."""
     torch.manual_seed(seed)
     return _model(Albef(AlbefConfig(IMAGE, TEXT, embed_dim=16)), "fused", "albef", seed)
+
+
+def med_model(seed: int = 0, **settings: Any) -> VisionLanguageModel:
+    """A small BLIP, counted likewise; settings: of its configuration."""
+    torch.manual_seed(seed)
+    text = replace(TEXT, vocab_size=WORDS.vocab_size + 2, cross_layers=(0, 1, 2, 3))
+    ids = {"dec_id": WORDS.vocab_size, "enc_id": WORDS.vocab_size + 1}
+    return _model(Blip(BlipConfig(IMAGE, text, embed_dim=16, **ids, **settings)), "med", "blip", seed)
 
 
 def pair_model(seed: int = 0, transform: ImageTransform = PLAIN) -> VisionLanguageModel:

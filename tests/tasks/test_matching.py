@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tasks.fused import fused_model, judging_colours, pair_model
+from tests.tasks.fused import fused_model, judging_colours, med_model, pair_model
 from tests.tasks.small import colour_model, noise, plain
 from vlm.data.sources import Source, open_source
 from vlm.data.transforms import ImageTransform
@@ -46,11 +46,12 @@ def test_a_judge_of_colours(tmp_path: Path) -> None:
     assert evaluate_matching(judging_colours(blind=False), alike).order.value == 0.5  # ties count half
 
 
-@pytest.mark.parametrize("kind", ["fused", "pairs", "fit"])
+@pytest.mark.parametrize("kind", ["fused", "med", "pairs", "fit"])
 def test_batched_equals_pair_by_pair(tmp_path: Path, kind: str) -> None:
     """With two rows the foreign text is known: the other one. `fit` pads pictures of different shape."""
     fit = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "fit", "bicubic", 8)
-    model = {"fused": fused_model, "pairs": pair_model, "fit": lambda: pair_model(transform=fit)}[kind]()
+    made = {"fused": fused_model, "med": med_model, "pairs": pair_model, "fit": lambda: pair_model(transform=fit)}
+    model = made[kind]()
     source = noisy(tmp_path / "noise", 2)
     expected = []
     for number in range(2):
@@ -89,9 +90,12 @@ def test_the_seed_draws_the_foreign_texts(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_matched(tmp_path: Path) -> None:
+    two = coloured(tmp_path / "two", [("red", "red"), ("blue", "blue")])
     same = coloured(tmp_path / "same", [("red", "one"), ("blue", "one")])
     with pytest.raises(DataError, match="no picture has a foreign text"):
         evaluate_matching(fused_model(), same)
+    with pytest.raises(MissingVerbError, match="no itm head"):
+        evaluate_matching(med_model(heads=("itc", "lm")), two)
     model: VisionLanguageModel = colour_model()
     with pytest.raises(MissingVerbError, match="has no match"):
-        evaluate_matching(model, coloured(tmp_path / "two", [("red", "red"), ("blue", "blue")]))
+        evaluate_matching(model, two)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import vlm
 from tests.train.small import ALONE, forget_last, spawn
+from tests.weights import albef_reference, blip_reference
 from tests.weights.albef_reference import QUEUE, reference
 from vlm.apps.cli import app
 from vlm.data.loader import shuffled_texts
@@ -19,7 +21,7 @@ from vlm.errors import ConfigError
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
 from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
-from vlm.weights.albef import load_albef_training
+from vlm.weights.official import read_official
 
 IMAGE = "model.image={image_size: 32, patch_size: 16, width: 32, layers: 2, heads: 2, mlp_width: 64}"
 TEXT = "vocab_size: 30522, context_length: 32, width: 32, heads: 2, mlp_width: 64, token_types: 2"
@@ -96,36 +98,37 @@ def test_two_ranks_equal_one(folder: Path, tmp_path: Path, stage: str) -> None:
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=2e-4)
 
 
-def test_pre_training_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "made"), [("albef", albef_reference), ("blip", blip_reference)])
+def test_pre_training_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path, stage: str, made: Any) -> None:
     """Student, teacher, queue and pointer come along; with a rate of 0 they show in the first checkpoint."""
-    path = tmp_path / "ALBEF.pth"
-    torch.save({"model": reference().checkpoint()}, path)
-    official = load_albef_training(path)
+    path = tmp_path / "official.pth"
+    torch.save({"model": made.reference().checkpoint()}, path)
+    official = read_official(path, training=True)
     changes = [
         *COMMON[1:], f"data={json.dumps([str(folder)])}", f"start={json.dumps([str(path)])}", "validation=[]",
         "train.optim.lr=0", "train.steps=1", f"train.teacher.queue={QUEUE + 3}",
     ]  # fmt: skip
-    recipe = load_config(run_kind("albef"), named_config("albef", "tiny"), changes)
+    recipe = load_config(run_kind(stage), named_config(stage, "tiny"), changes)
     config = RunConfig(**{**vars(recipe), "model": official.config})
     with pytest.raises(ConfigError, match=f"train.teacher.queue is {QUEUE + 3}"):
         train_stage(config, tmp_path / "run", ALONE, progress=False)
-    fitting = load_config(run_kind("albef"), named_config("albef", "tiny"), [*changes, f"train.teacher.queue={QUEUE}"])
+    fitting = load_config(run_kind(stage), named_config(stage, "tiny"), [*changes, f"train.teacher.queue={QUEUE}"])
     train_stage(RunConfig(**{**vars(fitting), "model": official.config}), tmp_path / "run", ALONE, progress=False)
     student = vlm.load(tmp_path / "run", device="cpu").network.state_dict()
     assert all(torch.equal(student[name], value) for name, value in official.network.items())
-    queue = {"image": torch.zeros_like(official.image_queue), "pointer": torch.zeros(1, dtype=torch.int64)}
-    name = next(iter(official.teacher))
-    held = {"queue": queue, "teacher": {name: torch.zeros_like(official.teacher[name])}}
+    queue = {"image": torch.zeros_like(official.training.image_queue), "pointer": torch.zeros(1, dtype=torch.int64)}
+    name = next(iter(official.training.teacher))
+    held = {"queue": queue, "teacher": {name: torch.zeros_like(official.training.teacher[name])}}
     dcp.load(held, checkpoint_id=tmp_path / "run" / "checkpoints" / "step-00000001" / "state", no_dist=True)
     # A batch of 8 overwrites all of a queue of 6; where it ends follows from the official pointer.
-    assert int(queue["pointer"]) == (official.pointer + 8) % QUEUE and queue["image"].any()
-    moved = official.teacher[name].lerp(official.network[name], 1 - fitting.train.teacher.decay)
+    assert int(queue["pointer"]) == (official.training.pointer + 8) % QUEUE and queue["image"].any()
+    moved = official.training.teacher[name].lerp(official.network[name], 1 - fitting.train.teacher.decay)
     torch.testing.assert_close(held["teacher"][name], moved)
 
 
 def going_on(here, path: str, folder: str, run: str) -> None:
     """A step at rate 0 from an official checkpoint; the teacher is a hundredth nearer to the student after it."""
-    official = load_albef_training(Path(path))
+    official = read_official(Path(path))
     changes = [
         *COMMON[1:], f"data={json.dumps([folder])}", f"start={json.dumps([path])}", "validation=[]", "train.optim.lr=0",
         "train.steps=1", f"train.teacher.queue={QUEUE}", "train.parallel=fsdp",
@@ -137,11 +140,11 @@ def going_on(here, path: str, folder: str, run: str) -> None:
 def test_a_sharded_teacher_goes_on_from_an_official_checkpoint(folder: Path, tmp_path: Path) -> None:
     path, run = tmp_path / "ALBEF.pth", tmp_path / "run"
     torch.save({"model": reference().checkpoint()}, path)
-    official = load_albef_training(path)
+    official = read_official(path, training=True)
     spawn(going_on, str(path), str(folder), str(run))
-    held = {"teacher": {name: torch.zeros_like(value) for name, value in official.teacher.items()}}
+    held = {"teacher": {name: torch.zeros_like(value) for name, value in official.training.teacher.items()}}
     dcp.load(held, checkpoint_id=run / "checkpoints" / "step-00000001" / "state", no_dist=True)
-    for name, value in official.teacher.items():
+    for name, value in official.training.teacher.items():
         moved = value.lerp(official.network[name], 1 - 0.995)
         torch.testing.assert_close(held["teacher"][name], moved, msg=lambda text, name=name: f"{name}: {text}")
 

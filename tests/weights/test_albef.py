@@ -13,10 +13,11 @@ from vlm.data.tokenizers import wordpiece
 from vlm.errors import WeightsError
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.clip import Clip, ClipConfig
-from vlm.weights.albef import export_albef, infer_config, is_albef, load_albef, load_albef_training
+from vlm.weights.albef import ALBEF, infer_config
 from vlm.weights.files import assign, read_tensors
 from vlm.weights.keymaps.albef import albef_rules, teacher_rules, tied
 from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.official import export_official, layout_of, load_official, read_official
 from vlm.weights.rules import to_ours
 
 TEXTS = ["a cat", "two dogs in a wood, late at night", "a red [MASK]"]
@@ -63,7 +64,7 @@ def check(found, expected, mask):
 
 
 def test_an_official_checkpoint_gives_the_same_numbers(theirs, path):
-    model = load_albef(path)
+    model = load_official(path)
     model.network.eval()
     check(*ours_and_theirs(model.network, theirs))
     torch.testing.assert_close(model.logit_scale, torch.tensor([20.0]))
@@ -76,43 +77,48 @@ def test_an_official_checkpoint_gives_the_same_numbers(theirs, path):
 
 
 def test_the_teacher_and_the_queue_come_along(theirs, path):
-    found = load_albef_training(path)
+    found = read_official(path, training=True)
     teacher = Albef(found.config).eval()
-    teacher.load_state_dict(found.teacher)
+    teacher.load_state_dict(found.training.teacher)
     ours, expected, mask = ours_and_theirs(teacher, theirs, "_m")
     check(ours, expected, mask)
     student = Albef(found.config).eval()
     student.load_state_dict(found.network)
     check(*ours_and_theirs(student, theirs))
     stored = theirs.checkpoint()
-    assert torch.equal(found.image_queue, stored["image_queue"].T) and found.image_queue.is_contiguous()
-    assert torch.equal(found.text_queue, stored["text_queue"].T) and found.pointer == 4
-    assert found.image_queue.norm(dim=1).allclose(torch.ones(6))
+    assert (
+        torch.equal(found.training.image_queue, stored["image_queue"].T) and found.training.image_queue.is_contiguous()
+    )
+    assert torch.equal(found.training.text_queue, stored["text_queue"].T) and found.training.pointer == 4
+    assert found.training.image_queue.norm(dim=1).allclose(torch.ones(6))
 
 
 def test_export_gives_the_file_back(theirs, path, tmp_path):
-    model, training = load_albef(path), load_albef_training(path)
-    again = read_tensors(export_albef(model, tmp_path / "again.pth", training=training))
+    model, training = load_official(path), read_official(path, training=True).training
+    again = read_tensors(export_official(model, tmp_path / "again.pth", training=training))
     before = read_tensors(path)
     assert set(again) == set(before)
     for name, value in before.items():
         assert again[name].dtype == value.dtype and again[name].shape == value.shape, name
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=0)
-    alone = read_tensors(export_albef(model, tmp_path / "alone.pth"))
+    alone = read_tensors(export_official(model, tmp_path / "alone.pth"))
     assert set(alone) == {name for name in before if "_m." not in name and "queue" not in name}
-    check(*ours_and_theirs(load_albef(tmp_path / "alone.pth").network.eval(), theirs))
+    check(*ours_and_theirs(load_official(tmp_path / "alone.pth").network.eval(), theirs))
 
 
 def test_a_checkpoint_without_its_teacher_is_for_use_only(path, tmp_path):
     student = {name: value for name, value in read_tensors(path).items() if "_m." not in name and "queue" not in name}
     torch.save({"model": student}, tmp_path / "student.pth")
-    load_albef(tmp_path / "student.pth")
-    with pytest.raises(WeightsError, match="3 missing: image_queue, text_queue, queue_ptr"):
-        load_albef_training(tmp_path / "student.pth")
+    load_official(tmp_path / "student.pth")
+    assert read_official(tmp_path / "student.pth", training=True).training is None
+    pointer = {"queue_ptr": torch.tensor([4])}
+    torch.save({"model": student | pointer}, tmp_path / "student.pth")
+    with pytest.raises(WeightsError, match="2 missing: image_queue, text_queue"):
+        read_official(tmp_path / "student.pth", training=True)
     queue = {name: value for name, value in read_tensors(path).items() if "queue" in name}
     torch.save({"model": student | queue}, tmp_path / "student.pth")
     with pytest.raises(WeightsError, match=r"missing: visual_encoder_m\.cls_token"):
-        load_albef_training(tmp_path / "student.pth")
+        read_official(tmp_path / "student.pth", training=True)
 
 
 @pytest.mark.parametrize(
@@ -130,39 +136,39 @@ def test_what_doesn_t_fit_is_named(path, tmp_path, change, message):
     tensors = read_tensors(path) | change
     torch.save({"model": {name: value for name, value in tensors.items() if value is not None}}, tmp_path / "bad.pth")
     with pytest.raises(WeightsError, match=message):
-        load_albef(tmp_path / "bad.pth")
+        load_official(tmp_path / "bad.pth")
 
 
 def test_a_teacher_with_two_embeddings_is_refused(path, tmp_path):
     name = "text_encoder_m.cls.predictions.decoder.weight"
     torch.save({"model": read_tensors(path) | {name: torch.zeros(30522, 128)}}, tmp_path / "bad.pth")
-    load_albef(tmp_path / "bad.pth")
+    load_official(tmp_path / "bad.pth")
     with pytest.raises(WeightsError, match=r"text_encoder_m.*decoder\.weight differs from.*word_embeddings"):
-        load_albef_training(tmp_path / "bad.pth")
+        read_official(tmp_path / "bad.pth", training=True)
 
 
 def test_queues_of_other_shapes_are_named(path, tmp_path):
     tensors = read_tensors(path) | {"text_queue": torch.ones(40, 5)}
     torch.save({"model": tensors}, tmp_path / "bad.pth")
     with pytest.raises(WeightsError, match=r"image_queue \(40, 6\), text_queue \(40, 5\), expected \(40, Q\) twice"):
-        load_albef_training(tmp_path / "bad.pth")
+        read_official(tmp_path / "bad.pth", training=True)
 
 
 def test_networks_that_the_official_code_can_t_hold_are_refused(path, tmp_path):
-    model = load_albef(path)
+    model = load_official(path)
     config = replace(model.network.config, image_pool="mean", text_pool="mean", projection_bias=False)
     with torch.device("meta"):
         small = VisionLanguageModel(Albef(config), model.tokenizer, model.transform, name="small", family="albef")
         clip = VisionLanguageModel(Clip(ClipConfig()), model.tokenizer, model.transform, name="c", family="clip")
     with pytest.raises(WeightsError, match=r"mean over patches; its text feature is 'mean'.*have no bias"):
-        export_albef(small, tmp_path / "small.pth")
+        export_official(small, tmp_path / "small.pth")
     with pytest.raises(WeightsError, match="c is a clip model"):
-        export_albef(clip, tmp_path / "small.pth")
+        export_official(clip, tmp_path / "small.pth")
     assert not (tmp_path / "small.pth").exists()
 
 
 def test_own_folder_keeps_an_official_model(theirs, path, tmp_path):
-    model = load_albef(path)
+    model = load_official(path)
     model.save(tmp_path / "model")
     twin = Albef(model.network.config).eval()
     assign(twin, read_tensors(tmp_path / "model" / "model.safetensors"), where="model")
@@ -176,8 +182,8 @@ def test_full_size_names_are_used_once_and_fit():
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, kind), device="meta") for name, (kind, shape) in facts.items()
     }
-    assert is_albef(tensors)
-    config = infer_config(tensors, where="facts")
+    assert layout_of(tensors) is ALBEF
+    config = infer_config(tensors, "facts")
     assert config == AlbefConfig()
     sets = [albef_rules(config), teacher_rules(config)]
     used = [name for rules in sets for rule in rules for name in rule.theirs]

@@ -12,7 +12,7 @@ from vlm.models.stage import Taught, joint_loss
 from vlm.objectives.mlm import IGNORED
 from vlm.train.config import TeacherConfig
 from vlm.train.teacher import Teaching
-from vlm.weights.albef import load_albef_training
+from vlm.weights.official import read_official
 
 TEXTS = ["a cat", "two dogs in a wood, late at night", "a red house", "the sea"]
 ALPHA = 0.4
@@ -28,12 +28,13 @@ def teaching(theirs, tmp_path_factory):
     """Our student and its teaching, both from the official file."""
     path = tmp_path_factory.mktemp("albef") / "ALBEF.pth"
     torch.save({"model": theirs.checkpoint()}, path)
-    found = load_albef_training(path)
+    found = read_official(path, training=True)
     student = Albef(found.config).eval()
     student.load_state_dict(found.network)
     config = TeacherConfig(queue=6, alpha=ALPHA, ramp=0.0)
     teaching = Teaching(student, config, width=found.config.embed_dim, steps_per_epoch=1)
-    teaching.start_from(found.teacher, found.image_queue, found.text_queue, found.pointer)
+    taught = found.training
+    teaching.start_from(taught.teacher, taught.image_queue, taught.text_queue, taught.pointer)
     return student, teaching
 
 

@@ -69,7 +69,7 @@ def test_a_text_encoder_cannot_start_it() -> None:
 
 def test_a_file_that_is_no_official_checkpoint_is_refused(tmp_path: Path) -> None:
     clip_folder(tmp_path / "clip")
-    with pytest.raises(WeightsError, match="not an official ALBEF checkpoint"):
+    with pytest.raises(WeightsError, match="not an official ALBEF or BLIP checkpoint"):
         start_from(build(), str(tmp_path / "clip" / "model.safetensors"))
 
 

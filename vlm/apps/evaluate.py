@@ -230,6 +230,46 @@ def pointing(
         _write_json(out / "report.json", report.as_dict())
 
 
+@app.command()
+def captions(
+    predictions: Annotated[Path, typer.Argument(help="JSON lines or a table: image or key, and caption.")],
+    references: Annotated[
+        Path | None, typer.Option("--references", "-r", help="JSON lines or a table: image, and one or more captions.")
+    ] = None,
+    data: Annotated[str, typer.Option("--data", "-d", help="Data whose own captions are the references.")] = "",
+    missing: Annotated[
+        str, typer.Option(help="Pictures without a caption: error, skip, or empty (scores 0).")
+    ] = "error",
+    seed: Annotated[int, typer.Option(help="Draws the bootstrap.")] = 0,
+    out: Out = None,
+) -> None:
+    """BLEU-1 to 4, ROUGE-L and CIDEr-D of captions, as `vlm caption` writes them, against references.
+
+    Chance is what the captions get from the references of other pictures.
+    """
+    from vlm.data.sources import open_source
+    from vlm.errors import ConfigError
+    from vlm.tasks.caption_report import evaluate_captions, read_predictions, read_references, source_references
+
+    log_warnings()
+    check_output(out, folder=True)
+    if (references is None) == (not data):
+        raise ConfigError("expected either --references FILE or --data DATA")
+    own, further = read_predictions(predictions)
+    wanted = source_references(open_source(data)) if references is None else read_references(references)
+    report = evaluate_captions(own, wanted, name=str(predictions), missing=missing, seed=seed)
+    typer.echo(f"{report.predictions} against {report.references}: {len(report.pictures)} pictures")
+    left_out = report.left_out | ({"further captions of one picture": further} if further else {})
+    for reason, count in left_out.items():
+        typer.echo(f"{count} {reason}")
+    rows = [(name, percent(figure.as_dict()), f"{100 * figure.chance:.2f}") for name, figure in report.figures.items()]
+    typer.echo(table(["measure", "x 100 [95 % interval]", "chance x 100"], rows))
+    if out is not None:
+        _write_json(out / "report.json", report.as_dict() | {"left_out": left_out, "missing": missing, "seed": seed})
+        lines = [json.dumps(picture, ensure_ascii=False) for picture in report.pictures]
+        write_text("\n".join(lines) + "\n", out / "per_picture.jsonl")
+
+
 def _depths(text: str) -> list[int]:
     """``1,5`` as numbers, each once, smallest first."""
     from vlm.errors import ConfigError

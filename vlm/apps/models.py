@@ -28,7 +28,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for --to official a .pth file.")],
     model: Model = DEFAULT_MODEL,
     to: Annotated[
-        str, typer.Option("--to", help="vlm, hf (transformers), open_clip, or official (ALBEF's file).")
+        str, typer.Option("--to", help="vlm, hf (transformers), open_clip, or official (ALBEF's or BLIP's file).")
     ] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the stored numbers: fp32, fp16 or bf16; for --to vlm.")] = "fp32",
     base: Annotated[
@@ -40,10 +40,9 @@ def export(
     import torch
 
     from vlm.errors import ConfigError, nearest
-    from vlm.weights.albef import export_albef
     from vlm.weights.export import export_hf, export_open_clip
     from vlm.weights.files import check_target
-    from vlm.weights.vilt import export_hf_vilt
+    from vlm.weights.official import export_official
 
     kinds = ("vlm", "hf", "open_clip", "official")
     if to not in kinds:
@@ -62,8 +61,9 @@ def export(
     if to == "vlm":
         loaded.save(out, dtype=types[dtype], base=base)
     else:
-        hf = export_hf_vilt if loaded.family == "vilt" else export_hf
-        writers: dict[str, Callable[..., Path]] = {"hf": hf, "open_clip": export_open_clip, "official": export_albef}
+        writers: dict[str, Callable[..., Path]] = {
+            "hf": export_hf, "open_clip": export_open_clip, "official": export_official,
+        }  # fmt: skip
         writers[to](loaded, out)
     typer.echo(f"{loaded.name} written to {out}")
 

@@ -23,6 +23,7 @@ STAGES = {
     "clip": "Train CLIP (ITC).",
     "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower.",
     "albef": "Train ALBEF (ITC, ITM, MLM, momentum distillation), from a CLIP.",
+    "blip": "Train BLIP (ITC, ITM, LM with a teacher for ITC), from an ALBEF or a CLIP.",
 }
 SEVERAL = "Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train {} ..."
 
@@ -102,10 +103,11 @@ def _run(settings: RunConfig[Any], out: Path, resume: bool, device: str) -> None
 
 
 def _evaluation(config: RunConfig[Any]) -> Callable[[nn.Module], dict[str, float]] | None:
-    """Figures on the validation sets: retrieval by features, and matching; None where there are no sets."""
+    """Figures on the validation sets: retrieval by features, matching, and words said; None where there are no sets."""
     if not config.validation:
         return None
     from vlm.data.sources import open_source
+    from vlm.tasks.language import evaluate_language
     from vlm.tasks.matching import evaluate_matching
     from vlm.tasks.retrieval import evaluate_retrieval
     from vlm.train.run import make_tokenizer, make_transform
@@ -118,10 +120,12 @@ def _evaluation(config: RunConfig[Any]) -> Callable[[nn.Module], dict[str, float
     def evaluate(network: nn.Module) -> dict[str, float]:
         model = VisionLanguageModel(network, tokenizer, transform, name=config.name, family=family_name(config.model))
         found: dict[str, float] = {}
-        if hasattr(network, "encode_text"):
+        if model.can("encode_text"):
             found |= evaluate_retrieval(model, source, gallery=500).figures()
-        if hasattr(network, "match"):
+        if model.can("match"):
             found |= evaluate_matching(model, source).figures()
+        if model.can("lm_logits"):
+            found |= evaluate_language(model, source).figures()
         return found
 
     return evaluate

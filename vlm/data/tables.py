@@ -18,8 +18,10 @@ END = "\0end of the table"
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
-def table_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and values of each row, the picture's path under ``image``.
+def table_rows(
+    path: Path, problems: Problems, *, names: Sequence[str] = IMAGE_COLUMNS
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and values of each row, the picture's path under ``image``; it stands under one of `names`.
 
     Column names are blind to case. Lines that are no JSON object are counted in `problems`. Raises DataError
     when the file can't be read as text, isn't a table, or lacks a column of pictures or of texts.
@@ -32,7 +34,9 @@ def table_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, 
         number = 0
         try:
             read = (
-                _csv_rows(path, file) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path, file, problems)
+                _csv_rows(path, file, names)
+                if path.suffix.lower() in (".csv", ".tsv")
+                else _json_rows(path, file, problems, names)
             )
             for number, row in read:
                 yield number, row
@@ -42,13 +46,13 @@ def table_rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, 
             raise DataError(f"{path}: not a table after row {number} ({error})") from error
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, file: Iterable[str], names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = iter(file)
     head = next(lines, "")
     # A quote that is never closed takes in all that follows, this last line too.
     reader = csv.reader(itertools.chain([head], lines, [END]), delimiter=_delimiter(path, head))
     columns = [name.strip().lower() for name in next(reader, [])]
-    image, _ = _columns(path, columns)
+    image, _ = _columns(path, columns, names)
     before = reader.line_num
     for row in reader:
         if row == [END]:
@@ -70,7 +74,9 @@ def _delimiter(path: Path, head: str) -> str:
     return next((mark for mark in (usual, "\t", ";", ",") if mark in head), usual)
 
 
-def _json_rows(path: Path, file: Iterable[str], problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(
+    path: Path, file: Iterable[str], problems: Problems, names: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     columns: dict[str, None] = {}
     named = False
     for number, line in enumerate(file, 1):
@@ -84,25 +90,25 @@ def _json_rows(path: Path, file: Iterable[str], problems: Problems) -> Iterator[
             problems.add("not a JSON object", f"{path.name}, row {number}")
             continue
         values = {name.lower(): value for name, value in row.items()}
-        image = next((name for name in IMAGE_COLUMNS if name in values), None)
+        image = next((name for name in names if name in values), None)
         if not named:
             columns |= dict.fromkeys(values)
             named = image is not None and any(name in values for name in CAPTION_COLUMNS)
         yield number, {**values, "image": values[image] if image else ""}
     if columns and not named:
-        _columns(path, list(columns))
+        _columns(path, list(columns), names)
 
 
-def _columns(path: Path, found: Sequence[str]) -> tuple[str, str]:
+def _columns(path: Path, found: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
     """The columns of pictures and of texts among those found."""
-    image = next((name for name in IMAGE_COLUMNS if name in found), None)
+    image = next((name for name in names if name in found), None)
     text = next((name for name in CAPTION_COLUMNS if name in found), None)
     shown = ", ".join(found) or "no columns"
     if image is None:
         advice = ""
         if any(name in found for name in ADDRESS_COLUMNS):
             advice = "; addresses aren't fetched: download the pictures first (img2dataset makes tar shards)"
-        raise DataError(f"{path}: expected a column named {' or '.join(IMAGE_COLUMNS)}, found {shown}{advice}")
+        raise DataError(f"{path}: expected a column named {' or '.join(names)}, found {shown}{advice}")
     if text is None:
         raise DataError(f"{path}: expected a column named {' or '.join(CAPTION_COLUMNS)}, found {shown}")
     return image, text

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
@@ -22,7 +21,7 @@ from vlm.models.pairing import Keys, match_sums, meet, take_images
 from vlm.models.stage import Choice, Draws, Encoded, Pairs, Taught, joint_loss
 from vlm.models.transformer import KVCache, Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
-from vlm.objectives.lm import lm, next_tokens
+from vlm.objectives.lm import lm, next_tokens, with_prompt
 from vlm.objectives.mlm import IGNORED
 
 Head = Literal["itc", "itm", "lm"]
@@ -85,6 +84,9 @@ class BlipConfig:
 
 class Blip(nn.Module):
     """An image encoder and the roles of one text transformer that the heads need."""
+
+    verb_heads = dict.fromkeys(("encode_image", "encode_text", "similarity", "logit_scale", "text_states"), "itc")
+    verb_heads |= {"match": "itm", "match_states": "itm", "lm_logits": "lm", "decode": "lm"}
 
     def __init__(self, config: BlipConfig) -> None:
         super().__init__()
@@ -287,11 +289,9 @@ class Blip(nn.Module):
 
     def _prompted(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What the decoder reads, ids and mask (b, L), and what it is to say after each of it but the last."""
-        ids, mask = _begun(tokens["input_ids"], self.config.dec_id), tokens["attention_mask"].bool()
-        prompt = ids.new_tensor(self.config.prompt_ids).expand(len(ids), -1)
-        ids = torch.cat([ids[:, :1], prompt, ids[:, 1:]], dim=1)
-        mask = F.pad(mask, (prompt.shape[1], 0), value=True)
-        return ids, mask, next_tokens(ids, mask, given=1 + prompt.shape[1])
+        prompt, begun = self.config.prompt_ids, _begun(tokens["input_ids"], self.config.dec_id)
+        ids, mask = with_prompt(begun, tokens["attention_mask"], prompt)
+        return ids, mask, next_tokens(ids, mask, given=1 + len(prompt))
 
     def _grounded(self, states: Tensor, mask: Tensor, image: Keys) -> Tensor:
         return self._encoder("itm")(states, key_mask=mask, image=image)  # (B, L, D)

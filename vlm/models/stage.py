@@ -82,6 +82,12 @@ def kind_of(name: str) -> str:
     return "text" if name.startswith("text") else "image"
 
 
+def can(network: Any, verb: str) -> bool:
+    """Whether a network has a verb and, where that needs one, the head for it."""
+    head = getattr(network, "verb_heads", {}).get(verb)
+    return hasattr(network, verb) and (head is None or head in network.config.heads)
+
+
 def any_draws(batch: Any) -> Draws:
     """Draws from torch's own generator, for a loss outside of a training run."""
     return lambda _, count: torch.rand(len(batch), count)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.objectives.mlm import IGNORED
+
+
+def with_prompt(input_ids: Tensor, mask: Tensor, prompt_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Texts (B, L) and their mask with a prompt put behind the start token."""
+    prompt = input_ids.new_tensor(prompt_ids).expand(len(input_ids), -1)  # (B, P)
+    ids = torch.cat([input_ids[:, :1], prompt, input_ids[:, 1:]], dim=1)
+    return ids, F.pad(mask.bool(), (len(prompt_ids), 0), value=True)
 
 
 def next_tokens(input_ids: Tensor, mask: Tensor, *, given: int = 1) -> Tensor:

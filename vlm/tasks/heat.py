@@ -34,9 +34,9 @@ def methods(model: VisionLanguageModel) -> list[str]:
     """The methods that a model's parts allow, the best first."""
     network: Any = model.network
     trunk = getattr(getattr(network, "image", None), "trunk", None)
-    encodes = hasattr(network, "encode_image") and hasattr(trunk, "blocks")
+    encodes = model.can("encode_image") and hasattr(trunk, "blocks")
     can = {
-        "grad-cam": hasattr(network, "match_states") and hasattr(network, "text"),
+        "grad-cam": model.can("match_states") and hasattr(network, "text"),
         "plan": hasattr(network, "word_patch_plan"),
         "cam": encodes and network.config.image_pool == "mean",
         "relevance": encodes or _joint(network),

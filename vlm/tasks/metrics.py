@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,18 +72,31 @@ def bootstrap(
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0:
         return 0.0, 0.0
-    if groups is None:
-        sums, counts = values, np.ones(len(values))
-    else:
+    rows = np.stack([values, np.ones(len(values))], axis=1)
+    low, high = bootstrap_sums(rows, lambda sums: sums[:1] / sums[1], groups=groups, draws=draws, seed=seed)
+    return float(low[0]), float(high[0])
+
+
+def bootstrap_sums(
+    rows: np.ndarray,
+    figures: Callable[[np.ndarray], np.ndarray],
+    *,
+    groups: np.ndarray | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile intervals, (F,) each, of figures that follow from what trials add up to, such as BLEU.
+
+    rows: (n, k), at least one. figures: sums (k,) to (F,). groups: as for `bootstrap`.
+    """
+    sums = np.asarray(rows, dtype=np.float64)
+    if groups is not None:
         _, place = np.unique(groups, return_inverse=True)
-        sums, counts = np.bincount(place, weights=values), np.bincount(place).astype(float)
+        sums = np.stack([np.bincount(place, weights=column) for column in sums.T], axis=1)
     rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(draws):
-        drawn = rng.integers(0, len(sums), len(sums))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    found = [figures(sums[rng.integers(0, len(sums), len(sums))].sum(axis=0)) for _ in range(draws)]
+    low, high = np.percentile(np.stack(found), [2.5, 97.5], axis=0)
+    return low, high
 
 
 def grouped_share(hits: np.ndarray, groups: np.ndarray, chance: float, *, seed: int = 0) -> Figure:

@@ -88,7 +88,7 @@ class Rows:
 
 def has_states(model: VisionLanguageModel) -> bool:
     """Whether pairs of this model can be scored from states that are computed once."""
-    return hasattr(model.network, "match_states")
+    return model.can("match_states")
 
 
 @torch.inference_mode()
@@ -133,7 +133,7 @@ def _encode(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, l
         image, text = network.image_states(pixels), network.text_states(batch.tokens)
         return image.features, text.features, list(image.states.cpu()), Texts.of(text.states, text.mask)
     whole, pictures = Texts.of(batch.tokens.input_ids, mask), _without_padding(batch)
-    if not hasattr(network, "encode_image"):
+    if not model.can("encode_image"):
         nothing = pixels.new_zeros(len(pixels), 0)
         return nothing, nothing, pictures, whole
     return model.encode_image(pixels), model.encode_text(batch.tokens), pictures, whole

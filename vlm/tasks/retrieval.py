@@ -124,7 +124,7 @@ def evaluate_retrieval(
             f"got {gallery}, {rounds} and {galleries}"
         )
     check_rerank(rerank, score)
-    whole = not hasattr(model.network, "encode_image") and hasattr(model.network, "match")
+    whole = not model.can("encode_image") and model.can("match")
     if whole and (rerank or score != "itm"):
         raise ConfigError(
             f"{model.name} is a {model.family} model without features to choose candidates by: it ranks the whole "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlm.errors import ConfigError
 
-VERBS = ("encode_image", "encode_text", "match", "teach")
+VERBS = ("encode_image", "encode_text", "match", "lm_logits", "teach")
 """Methods of networks that run layers outside of `forward`."""
 
 

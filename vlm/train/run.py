@@ -24,9 +24,9 @@ from vlm.train.distributed import Ranks, wait
 from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
-from vlm.weights.albef import load_albef_training
 from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
+from vlm.weights.official import Training
 from vlm.weights.start import start_from
 
 logger = logging.getLogger("vlm.train")
@@ -92,14 +92,23 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
     Raises ConfigError when they don't fit.
     """
     text = getattr(config.model, "text", config.model)
+    room = text.context_length - len(getattr(config.model, "prompt_ids", ()))  # a prompt comes before each text
     make = {"wordpiece": wordpiece, "clip_bpe": clip_bpe}[config.tokenizer]
-    longest = min(text.context_length, config.loader.max_length or text.context_length)
+    longest = min(room, config.loader.max_length or room)
     if longest < 2:
         raise ConfigError(f"context_length {longest}: a text has at least 2 tokens, its start and its end")
     tokenizer = make(max_length=longest)
     if tokenizer.vocab_size > text.vocab_size:
         raise ConfigError(
             f"model.text.vocab_size is {text.vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens"
+        )
+    taken = [
+        name for name in ("enc_id", "dec_id") if getattr(config.model, name, text.vocab_size) < tokenizer.vocab_size
+    ]
+    if taken:
+        raise ConfigError(
+            f"model.{taken[0]} {getattr(config.model, taken[0])} is a word of {config.tokenizer}; choose ids from "
+            f"{tokenizer.vocab_size} on, and model.text.vocab_size to hold them"
         )
     return tokenizer
 
@@ -133,8 +142,7 @@ def train_stage(
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
     network = _untrained(config, stage)
-    if before is None:
-        _begin(network, config)
+    taught = _begin(network, config) if before is None else None
     for part in network.children():
         if hasattr(part, "checkpointing"):
             part.checkpointing = config.checkpointing  # type: ignore[assignment]
@@ -159,8 +167,9 @@ def train_stage(
     width = getattr(config.model, "embed_dim", 0)
     job = Job(network, batches, steps, export, evaluate, fingerprint, width)
     trainer = Trainer(job, config.train, run, here, progress=progress)
-    if before is None:
-        _start_teaching(trainer, config.start)
+    if taught is not None and trainer.teaching is not None:
+        trainer.teaching.start_from(taught.teacher, taught.image_queue, taught.text_queue, taught.pointer)
+    del taught  # a second copy of the network
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
     if here.first and resume:
@@ -196,13 +205,18 @@ def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> 
     return hides
 
 
-def _begin(network: nn.Module, config: RunConfig[Any]) -> None:
-    """Give the network its starting weights; warns of matrices that stay frozen at random numbers."""
+def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
+    """Give the network its starting weights; warns of matrices that stay frozen at random numbers.
+
+    Returns teacher and queue of the last official checkpoint among the starts; without one the teacher is the
+    student's copy.
+    """
     frozen = tuple(config.train.optim.freeze)
     chosen = {n: p for n, p in network.named_parameters() if frozen and n.startswith(frozen) and p.dim() > 1}
     random = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    taught: Training | None = None
     for start in config.start:
-        start_from(network, start)
+        taught = start_from(network, start, training=bool(config.train.teacher.decay)) or taught
     left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
     if left:
         logger.warning(
@@ -210,14 +224,7 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> None:
             len(left),
             left[0],
         )
-
-
-def _start_teaching(trainer: Trainer, starts: Iterable[str]) -> None:
-    """Teacher and queue of an official checkpoint among the starts; else the teacher is the student's copy."""
-    for start in starts:
-        if trainer.teaching is not None and Path(start).is_file():
-            found = load_albef_training(Path(start))
-            trainer.teaching.start_from(found.teacher, found.image_queue, found.text_queue, found.pointer)
+    return taught
 
 
 def read_run_config(stage: str, run: Path, overrides: Iterable[str] = ()) -> RunConfig[Any]:

@@ -10,22 +10,24 @@ from safetensors.torch import save_file
 from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.weights.files import CONFIG, WEIGHTS, write_json, write_model
-from vlm.weights.from_hf import activation_name
+from vlm.weights.hf_blip import export_hf_blip
+from vlm.weights.hf_parts import activation_name
 from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
-from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import to_theirs
+from vlm.weights.vilt import export_hf_vilt
 
 
 def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
-    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's own classes.
+    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's or BLIP's own classes.
 
     Raises WeightsError when they can't hold the network, saying why, or the folder can't be written.
     """
     if model.family == "vilt":
-        from vlm.weights.vilt import export_hf_vilt
-
         return export_hf_vilt(model, Path(folder))
-    network = _exportable(model, "transformers' CLIPModel")
+    if model.family == "blip":
+        return export_hf_blip(model, Path(folder))
+    network = _clip(model, "transformers' CLIPModel")
     config = network.config
     tensors = to_theirs(network.state_dict(), hf_clip_rules(config))
 
@@ -44,7 +46,7 @@ def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
 
     Raises WeightsError when open_clip's CLIP can't hold the network, or the folder can't be written.
     """
-    network = _exportable(model, "open_clip's CLIP")
+    network = _clip(model, "open_clip's CLIP")
     config = network.config
     if (config.image.norm_eps, config.text.norm_eps) != (1e-5, 1e-5):
         raise WeightsError(
@@ -73,31 +75,23 @@ def export_open_clip(model: VisionLanguageModel, folder: Path | str) -> Path:
     return Path(folder)
 
 
-def _exportable(model: VisionLanguageModel, target: str) -> Clip:
+def _clip(model: VisionLanguageModel, target: str) -> Clip:
     """The network, if the published CLIP's classes can hold it."""
-    network = model.network
-    if not isinstance(network, Clip):
-        own = model.family != "open_clip"
-        reason = f"it is a {model.family} model" if own else "on open_clip's own towers there is nothing of ours"
-        raise WeightsError(f"{model.name} can't be written as {target}: {reason}")
-    config, wrong = network.config, []
-    text, image = config.text, config.image
-    checks = {
-        "its text tower is bidirectional": not text.causal,
-        "its text tower is post-norm": text.norm != "pre",
-        "it has token types": bool(text.token_types),
-        f"its text feature is {config.text_pool!r}, not the end-of-text state": config.text_pool != "eot",
-        "its image feature is a mean over patches": config.image_pool != "cls",
-        "its image tower has no norm before the first layer": not image.pre_norm,
-        "it has a sigmoid loss's bias": network.logit_bias is not None,
-    }
-    wrong = [reason for reason, found in checks.items() if found]
-    if wrong:
-        raise WeightsError(
-            f"{model.name} can't be written as {target}: {'; '.join(wrong)}. "
-            "Keep it in vlm's own format (model.save), or train with a causal BPE text tower."
-        )
-    return network
+
+    def unfit(network: Clip) -> dict[str, bool]:
+        config, text, image = network.config, network.config.text, network.config.image
+        return {
+            "its text tower is bidirectional": not text.causal,
+            "its text tower is post-norm": text.norm != "pre",
+            "it has token types": bool(text.token_types),
+            f"its text feature is {config.text_pool!r}, not the end-of-text state": config.text_pool != "eot",
+            "its image feature is a mean over patches": config.image_pool != "cls",
+            "its image tower has no norm before the first layer": not image.pre_norm,
+            "it has a sigmoid loss's bias": network.logit_bias is not None,
+        }
+
+    found: Clip = exportable(model, Clip, target, unfit, advice=", or train with a causal BPE text tower")
+    return found
 
 
 def _hf_config(config: ClipConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 from vlm.errors import WeightsError, nearest
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.albef_heads import ClassifierConfig, Vqa, VqaConfig, classifier
+from vlm.models.blip import Blip, BlipConfig
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.vilt import Vilt, ViltConfig
 
@@ -29,6 +30,7 @@ FAMILIES = {
     "clip": Family(ClipConfig, Clip),
     "vilt": Family(ViltConfig, Vilt),
     "albef": Family(AlbefConfig, Albef),
+    "blip": Family(BlipConfig, Blip),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "albef-vqa": Family(VqaConfig, Vqa),
 }

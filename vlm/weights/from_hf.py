@@ -13,11 +13,11 @@ from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 from vlm.weights.files import CONFIG, INDEX, WEIGHTS, assign, read_json, read_weights
+from vlm.weights.hf_parts import ACTS, FILTERS, read_preprocessor
 from vlm.weights.keymaps.clip import HF_LEFT_OUT, hf_clip_rules
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.rules import to_ours
 
-ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
 
 
@@ -50,8 +50,12 @@ def load_hf_folder(folder: Path, *, name: str = "") -> VisionLanguageModel:
         from vlm.weights.vilt import load_hf_vilt
 
         return load_hf_vilt(folder, settings, name or folder.name)
+    if family == "blip":
+        from vlm.weights.hf_blip import load_hf_blip
+
+        return load_hf_blip(folder, settings, name or folder.name)
     if family != "clip":
-        raise WeightsError(f"{name or folder}: model_type is {family!r}, expected 'clip' or 'vilt'")
+        raise WeightsError(f"{name or folder}: model_type is {family!r}, expected 'clip', 'vilt' or 'blip'")
     config = hf_clip_config(settings)
     network = Clip(config)
     where = name or str(folder)
@@ -101,19 +105,12 @@ def _tokenizer(folder: Path, config: ClipConfig) -> Tokenizer:
 
 
 def _transform(folder: Path, config: ClipConfig) -> ImageTransform:
-    path = folder / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_preprocessor(folder)
     resize = "crop" if settings.get("do_center_crop", True) else "squash"
-    filters = {2: "bilinear", 3: "bicubic"}
     return ImageTransform(
         config.image.image_size,
         tuple(settings.get("image_mean", CLIP_MEAN)),
         tuple(settings.get("image_std", CLIP_STD)),
         resize,  # type: ignore[arg-type]
-        filters.get(settings.get("resample", 3), "bicubic"),  # type: ignore[arg-type]
+        FILTERS.get(settings.get("resample", 3), "bicubic"),  # type: ignore[arg-type]
     )
-
-
-def activation_name(ours: str) -> str:
-    """transformers' name of one of our activations."""
-    return {value: key for key, value in reversed(ACTS.items())}[ours]

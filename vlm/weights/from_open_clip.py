@@ -101,13 +101,15 @@ def load_open_clip(spec: str) -> VisionLanguageModel:
     return wrap(model, arch, name=f"open_clip:{spec}", config=config)
 
 
-def load_checkpoint(path: Path) -> VisionLanguageModel:
+def load_checkpoint(path: Path, *, tensors: Mapping[str, Tensor] | None = None) -> VisionLanguageModel:
     """A file with OpenAI's or open_clip's CLIP ViT tensors; the sizes are read from their shapes.
+
+    tensors: what the file holds, where it was read already.
 
     OpenAI's files are told by their `input_resolution` and use quick-GELU; others are taken to use GELU (name
     the architecture, ``open_clip:ARCH/FILE``, where that is wrong). Raises WeightsError for other networks.
     """
-    tensors = _without_module(read_tensors(path))
+    tensors = _without_module(read_tensors(path) if tensors is None else tensors)
     quick = OPENAI in tensors
     logger.info("%s: taken as a CLIP ViT with %s", path, "quick-GELU" if quick else "GELU")
     return _ours(tensors, name=path.stem, quick=quick)

@@ -16,8 +16,8 @@ from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
 ACCEPTED = (
-    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP or ViLT repo id or folder, "
-    "open_clip:ARCH/TAG, open_clip:ARCH/FILE, or a checkpoint file of CLIP or of the official ALBEF"
+    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP repo id or "
+    "folder, open_clip:ARCH/TAG, open_clip:ARCH/FILE, or a checkpoint file of CLIP or of the official ALBEF or BLIP"
 )
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -27,10 +27,10 @@ def load(
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
-    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP or ViLT
-    repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or
-    a file with OpenAI's or open_clip's CLIP weights or the official ALBEF's. device: a GPU when there is one, if
-    None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every
+    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP
+    repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or a
+    file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's or BLIP's. device: a GPU when there is
+    one, if None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every
     tensor that doesn't fit.
     """
     model = _found(str(name_or_path))
@@ -115,8 +115,9 @@ def _from_folder(folder: Path) -> VisionLanguageModel:
 
 
 def _from_checkpoint(path: Path) -> VisionLanguageModel:
-    from vlm.weights.albef import is_albef, load_albef
     from vlm.weights.from_open_clip import load_checkpoint
+    from vlm.weights.official import layout_of, load_official
 
     tensors = read_tensors(path)
-    return load_albef(path, tensors=tensors) if is_albef(tensors) else load_checkpoint(path)
+    load = load_checkpoint if layout_of(tensors) is None else load_official
+    return load(path, tensors=tensors)

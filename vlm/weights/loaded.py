@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from vlm.data.batch import Tokens
 from vlm.data.images import load_image
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform, pad_pictures
-from vlm.errors import DataError, MissingVerbError, VlmError
+from vlm.errors import DataError, MissingVerbError, VlmError, WeightsError
+from vlm.models.heads import no_head
+from vlm.models.stage import can
 from vlm.weights.files import save_model
 from vlm.weights.shipped import base_of
 
@@ -116,10 +118,44 @@ class VisionLanguageModel:
             base=None if base is None else base_of(base, where="base"),
         )  # fmt: skip
 
+    def can(self, verb: str) -> bool:
+        """Whether the model has a verb and, where that needs one, the head for it."""
+        return can(self.network, verb)
+
     def _verb(self, verb: str) -> Any:
+        network: Any = self.network
+        heads: dict[str, str] = getattr(network, "verb_heads", {})
+        if verb in heads and not self.can(verb):
+            raise no_head(self.name, heads[verb], network.config.heads)
         found = getattr(self.network, verb, None)
         if found is None:
             raise MissingVerbError(
                 f"{self.name} is a {self.family} model and has no {verb}; {STAGES.get(verb, 'none')} can"
             )
         return found
+
+
+def exportable(
+    model: VisionLanguageModel,
+    kind: Any,
+    target: str,
+    unfit: Callable[[Any], Mapping[str, bool]],
+    *,
+    advice: str = "",
+) -> Any:
+    """The network, if what it is to be written as can hold it.
+
+    kind: the class of networks that `target` is for. unfit: network to reasons why it can't be held, and whether
+    they are so. advice: what else may help. Raises WeightsError with all reasons.
+    """
+    if not isinstance(model.network, kind):
+        own = hasattr(model.network, "config")
+        reason = f"it is a {model.family} model" if own else "it is no network of ours"
+        raise WeightsError(f"{model.name} can't be written as {target}: {reason}")
+    wrong = [reason for reason, found in unfit(model.network).items() if found]
+    if wrong:
+        raise WeightsError(
+            f"{model.name} can't be written as {target}: {'; '.join(wrong)}. Keep it in vlm's own format "
+            f"(model.save){advice}."
+        )
+    return model.network

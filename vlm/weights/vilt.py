@@ -9,15 +9,23 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.data.tokenizers import Tokenizer, wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, WeightsError
 from vlm.models.vilt import HEADS, Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_weights, write_json, write_model
-from vlm.weights.from_hf import ACTS, activation_name
+from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
+from vlm.weights.hf_parts import (
+    ACTS,
+    FILTERS,
+    PREPROCESSOR,
+    activation_name,
+    bert_tokenizer,
+    read_preprocessor,
+    read_tokenizer,
+    square,
+)
 from vlm.weights.keymaps.vilt import HF_LEFT_OUT, hf_vilt_rules
-from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import to_ours, to_theirs
 
 ARCHITECTURES = {
@@ -28,8 +36,6 @@ ARCHITECTURES = {
     "ViltForImagesAndTextClassification": "nlvr2",
 }
 MARKS = {"itm": "itm_score.", "mlm": "mlm_score.", "rank": "rank_output.", "vqa": "classifier.", "nlvr2": "classifier."}
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 def load_hf_vilt(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:
@@ -57,7 +63,8 @@ def load_hf_vilt(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
         raise WeightsError(f"{where}: {error}") from error
     rules = hf_vilt_rules(config, prefix=prefix)
     assign(network, to_ours(tensors, rules, where=where, left_out=HF_LEFT_OUT), where=where)
-    tokenizer, transform = _tokenizer(folder, config), _transform(folder, config)
+    sizes = {"max_length": config.context_length, "vocab_size": config.vocab_size}
+    tokenizer, transform = read_tokenizer(folder, **sizes), _transform(folder, config)
     return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="vilt")
 
 
@@ -73,7 +80,7 @@ def hf_vilt_config(settings: Mapping[str, Any], heads: tuple[str, ...], *, where
         theirs: Any = Theirs.from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise WeightsError(f"{where}: not a ViLT's configuration ({str(error)[:300]})") from error
-    image_size, patch_size = (_side(getattr(theirs, side), side, where) for side in ("image_size", "patch_size"))
+    image_size, patch_size = (square(getattr(theirs, side), side, where) for side in ("image_size", "patch_size"))
     wrong = {
         f"hidden_act {theirs.hidden_act!r}: expected one of {', '.join(ACTS)}": theirs.hidden_act not in ACTS,
         "qkv_bias false: expected true": not theirs.qkv_bias,
@@ -101,24 +108,20 @@ def export_hf_vilt(model: VisionLanguageModel, folder: Path) -> Path:
     heads are written beside it under their official names, which transformers leaves out with a warning.
     Raises WeightsError when they can't hold the network or its preprocessing, or the folder can't be written.
     """
-    network = model.network
-    if not isinstance(network, Vilt):
-        raise WeightsError(f"{model.name}: a {model.family} model, expected a vilt")
-    config, kind = network.config, str(model.tokenizer.to_dict()["kind"])
-    checks = {
-        "it has a norm before the first layer": config.image.pre_norm,
-        "it has a vqa and an nlvr2 head, which have one name there": {"vqa", "nlvr2"} <= set(config.heads),
-        f"its pictures are preprocessed by {model.transform.resize!r}, not fit or squash": (
-            model.transform.resize not in ("fit", "squash")
-        ),
-        f"its tokenizer is {kind!r}, not wordpiece": kind != "wordpiece",
-    }
-    wrong = [reason for reason, found in checks.items() if found]
-    if wrong:
-        raise WeightsError(
-            f"{model.name} can't be written as transformers' ViLT: {'; '.join(wrong)}. "
-            "It can be kept in vlm's own format"
-        )
+    kind = str(model.tokenizer.to_dict()["kind"])
+
+    def unfit(network: Vilt) -> dict[str, bool]:
+        return {
+            "it has a norm before the first layer": network.config.image.pre_norm,
+            "it has a vqa and an nlvr2 head, which have one name there": {"vqa", "nlvr2"} <= set(network.config.heads),
+            f"its pictures are preprocessed by {model.transform.resize!r}, not fit or squash": (
+                model.transform.resize not in ("fit", "squash")
+            ),
+            f"its tokenizer is {kind!r}, not wordpiece": kind != "wordpiece",
+        }
+
+    network: Vilt = exportable(model, Vilt, "transformers' ViLT", unfit)
+    config = network.config
     tensors = to_theirs(network.state_dict(), hf_vilt_rules(config))
 
     def fill(target: Path) -> None:
@@ -126,7 +129,7 @@ def export_hf_vilt(model: VisionLanguageModel, folder: Path) -> Path:
         write_json(target / CONFIG, _hf_config(config))
         write_json(target / PREPROCESSOR, _hf_preprocessor(model.transform))
         model.tokenizer.save(target)
-        write_json(target / "tokenizer_config.json", _hf_tokenizer(model.tokenizer))
+        write_json(target / "tokenizer_config.json", bert_tokenizer(model.tokenizer))
 
     write_model(folder, fill)
     return folder
@@ -153,32 +156,8 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors if older is None else {"mlm_score.decoder.bias": older} | tensors
 
 
-def _side(value: Any, name: str, where: str) -> int:
-    sides = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise WeightsError(f"{where}: {name} {value}: expected a square")
-    return int(sides[0])
-
-
-def _tokenizer(folder: Path, config: ViltConfig) -> Tokenizer:
-    found = [path for path in (folder / "vocab.txt", folder / "tokenizer.json") if path.is_file()]
-    path = folder / "tokenizer_config.json"
-    if path.is_file() and not read_json(path).get("do_lower_case", True):
-        raise WeightsError(f"{path}: do_lower_case is false, expected an uncased vocabulary")
-    tokenizer = wordpiece(found[0] if found else None, max_length=config.context_length)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise WeightsError(
-            f"{folder}: the network knows {config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
 def _transform(folder: Path, config: ViltConfig) -> ImageTransform:
-    settings: dict[str, Any] = {}
-    if (folder / PREPROCESSOR).is_file():
-        settings = read_json(folder / PREPROCESSOR)
-    elif (folder / PROCESSOR).is_file():
-        settings = read_json(folder / PROCESSOR).get("image_processor") or {}
+    settings = read_preprocessor(folder)
     size = settings.get("size", config.image.image_size)
     shortest = size if isinstance(size, int) else size.get("shortest_edge")
     multiple = settings.get("size_divisor", 32 if settings else config.image.patch_size)
@@ -225,11 +204,4 @@ def _hf_preprocessor(transform: ImageTransform) -> dict[str, Any]:
         "size": shape, "size_divisor": transform.multiple, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(transform.mean), "image_std": list(transform.std),
         "resample": {value: key for key, value in FILTERS.items()}[transform.interpolation], "do_pad": fit,
-    }  # fmt: skip
-
-
-def _hf_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    return {
-        "tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": tokenizer.max_length, **special,
     }  # fmt: skip

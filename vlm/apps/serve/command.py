@@ -41,10 +41,10 @@ def serve(config: ServeConfig) -> None:
     templates = read_templates(config.templates)
     with listen(config.host, config.port) as place:
         model = load_model(config.model, config.device)
-        if not all(hasattr(model.network, verb) for verb in ("encode_image", "encode_text")):
+        if not all(map(model.can, ("encode_image", "encode_text"))):
             raise ConfigError(
                 f"{config.model}: a {model.family} model, which has no features of a picture or a text alone; "
-                "vlm serve needs them, so name a CLIP or an ALBEF"
+                "vlm serve needs them, so name a CLIP, an ALBEF or a BLIP"
             )
         pack_linears(model.network)
         app = create_app(model, config, templates=default_templates(templates, model.tokenizer))

@@ -15,14 +15,11 @@ LEFT_OUT = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*", r"cls\
 
 
 def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
-    """Rules for a text transformer of this shape; `prefix` stands before their names."""
-    rules = embedding_rules("", f"{prefix}embeddings.")
+    """Rules for a text transformer of this shape and its route ``text``; `prefix` stands before their names."""
+    rules = embedding_rules("", f"{prefix}embeddings.", types=bool(config.token_types))
     for i in range(config.layers):
         ours, theirs = f"layers.{i}", f"{prefix}encoder.layer.{i}"
-        attention = f"{theirs}.attention.self"
-        rules += split_attention(f"{ours}.self_attn.text", [f"{attention}.{n}" for n in ("query", "key", "value")])
-        rules += both(f"{ours}.self_attn.text.out", f"{theirs}.attention.output.dense")
-        rules += both(f"{ours}.self_norm", f"{theirs}.attention.output.LayerNorm")
+        rules += _self_attention(f"{ours}.self_attn.text", f"{ours}.self_norm", theirs)
         rules += both(f"{ours}.mlp.text.up", f"{theirs}.intermediate.dense")
         rules += both(f"{ours}.mlp.text.down", f"{theirs}.output.dense")
         rules += both(f"{ours}.mlp_norm.text", f"{theirs}.output.LayerNorm")
@@ -31,12 +28,40 @@ def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
     return rules
 
 
+def route_rules(config: TransformerConfig, route: str, *, prefix: str = "") -> list[Rule]:
+    """Rules for another route's self-attention and norm; `prefix` stands before their names."""
+    return [
+        rule
+        for i in range(config.layers)
+        for rule in _self_attention(
+            f"layers.{i}.self_attn.{route}", f"layers.{i}.route_norm.{route}", f"{prefix}encoder.layer.{i}"
+        )
+    ]
+
+
+def tied_head(head: str, text: str) -> dict[str, str]:
+    """The last matrix of a head `head` and its bias, and the names of the same tensors that are read."""
+    return {
+        f"{head}.decoder.weight": f"{text}.embeddings.word_embeddings.weight",
+        f"{head}.decoder.bias": f"{head}.bias",
+    }
+
+
 def mlm_head_rules(ours: str, theirs: str) -> list[Rule]:
     """Rules for BERT's head of masked language modelling, without its tied last matrix."""
     return [
         *both(f"{ours}.dense", f"{theirs}.transform.dense"),
         *both(f"{ours}.norm", f"{theirs}.transform.LayerNorm"),
         same(f"{ours}.bias", f"{theirs}.bias"),
+    ]
+
+
+def _self_attention(ours: str, norm: str, theirs: str) -> list[Rule]:
+    attention = f"{theirs}.attention"
+    return [
+        *split_attention(ours, [f"{attention}.self.{name}" for name in ("query", "key", "value")]),
+        *both(f"{ours}.out", f"{attention}.output.dense"),
+        *both(norm, f"{attention}.output.LayerNorm"),
     ]
 
 
@@ -53,12 +78,12 @@ def _cross_attention(ours: str, theirs: str) -> list[Rule]:
     return rules
 
 
-def embedding_rules(ours: str, theirs: str) -> list[Rule]:
-    """Rules for words, positions, token types and their norm; both prefixes with their dots."""
+def embedding_rules(ours: str, theirs: str, *, types: bool = True) -> list[Rule]:
+    """Rules for words, positions, token types where there are some, and their norm; both prefixes with their dots."""
     return [
         same(f"{ours}tokens.weight", f"{theirs}word_embeddings.weight"),
         same(f"{ours}positions.weight", f"{theirs}position_embeddings.weight"),
-        same(f"{ours}types.weight", f"{theirs}token_type_embeddings.weight"),
+        *([same(f"{ours}types.weight", f"{theirs}token_type_embeddings.weight")] if types else []),
         *both(f"{ours}embed_norm", f"{theirs}LayerNorm"),
     ]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from vlm.errors import WeightsError
 from vlm.models.transformer import TransformerConfig
 
+_LAYER = re.compile(r"(text|decoder)\.layers\.(\d+)\.(.*)")
 FRESH = r"(text|decoder)\.layers\.\d+\.cross_(attn|norm)\..*"
 """Tensors that an earlier stage needn't have: what a text looks at images with."""
 
@@ -61,3 +63,60 @@ def decoder_names(names: Iterable[str], decoder: TransformerConfig, *, fusion_st
         elif part == "text" and 0 <= int(number) - fusion_start < decoder.layers:
             out[f"decoder.layers.{int(number) - fusion_start}.{rest}"] = name
     return out
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Which layer of an earlier stage's text tower each layer of MED begins as."""
+
+    whole: dict[int, int]
+    """Self-attention and feed-forward."""
+    cross: dict[int, int]
+    """What it looks at images with; layers that aren't there begin afresh."""
+
+    def name(self, ours: str) -> str | None:
+        """The earlier stage's name for a tensor of a layer of ours; None where it has none, others as they are."""
+        match = _LAYER.fullmatch(ours)
+        if match is None:
+            return ours
+        number = (self.cross if match[3].startswith("cross_") else self.whole).get(int(match[2]))
+        return None if number is None else f"{match[1]}.layers.{number}.{match[3]}"
+
+
+def med_layers(names: Iterable[str], text: TransformerConfig) -> Layers:
+    """Layers of MED, given the names of an earlier stage's tensors.
+
+    A tower as deep as ours maps one to one. ALBEF's, whose layers below the fusion are as many as ours, gives
+    these, and its fusion layers give what they look at images with to our upper layers, last to last: an ALBEF
+    started from a CLIP has its fusion layers from just these. Raises WeightsError for any other depth.
+    """
+    found = [match for name in names if (match := _LAYER.fullmatch(name))]
+    part = "text" if any(match[1] == "text" for match in found) else "decoder"
+    theirs = 1 + max((int(match[2]) for match in found if match[1] == part), default=-1)
+    fused = sorted({int(match[2]) for match in found if match[1] == part and match[3].startswith("cross_attn.")})
+    if theirs == text.layers:
+        return Layers({i: i for i in range(theirs)}, {i: i for i in fused})
+    if fused and theirs - len(fused) == text.layers:
+        return Layers({i: i for i in range(text.layers)}, dict(zip(text.cross_layers[::-1], fused[::-1], strict=False)))
+    raise WeightsError(
+        f"a text tower of {theirs} layers, {len(fused)} of which look at images, can't start one of {text.layers}; "
+        f"expected {text.layers}, or an ALBEF with {text.layers} layers below its fusion"
+    )
+
+
+def med_sources(name: str) -> list[str]:
+    """Names that an earlier stage, or BLIP with other heads and sharing, may have for a tensor of MED; best first.
+
+    The decoder begins as the decoder of a MED, whether it shares its layers or not, else as a text encoder; its
+    head as one of masked language modelling.
+    """
+    part, _, rest = name.partition(".")
+    if part in ("lm_head", "answer_head"):
+        return [name, f"lm_head.{rest}", f"mlm_head.{rest}"]
+    plain = rest.replace(".self_attn.decoder.", ".self_attn.text.").replace(".route_norm.decoder.", ".self_norm.")
+    routed = rest.replace(".self_attn.text.", ".self_attn.decoder.").replace(".self_norm.", ".route_norm.decoder.")
+    if part == "decoder":
+        return [name, f"text.{routed}", f"text.{rest}"]
+    if part == "text" and plain != rest:
+        return [name, f"decoder.{plain}", f"text.{plain}"]
+    return [name]

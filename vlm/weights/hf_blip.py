@@ -1,0 +1,197 @@
+"""BLIP from and to ``transformers``: BlipForConditionalGeneration and BlipForImageTextRetrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
+from vlm.errors import ConfigError, WeightsError
+from vlm.models.blip import Blip, BlipConfig
+from vlm.models.transformer import TransformerConfig
+from vlm.models.vit import ViTConfig
+from vlm.weights.blip import ADDED, find_heads, find_sharing, unfit
+from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
+from vlm.weights.hf_parts import (
+    ACTS,
+    FILTERS,
+    PREPROCESSOR,
+    activation_name,
+    bert_tokenizer,
+    read_preprocessor,
+    read_tokenizer,
+    square,
+)
+from vlm.weights.keymaps.blip import LEFT_OUT, MARKS, hf_blip_rules, tied
+from vlm.weights.layout import check_twins, unfit_pools
+from vlm.weights.loaded import VisionLanguageModel, exportable
+from vlm.weights.rules import to_ours, to_theirs
+
+ARCHITECTURES = {"BlipForImageTextRetrieval": ("itc", "itm"), "BlipForConditionalGeneration": ("lm",)}
+"""Classes and the heads that they need."""
+
+
+def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:
+    """A folder of one of transformers' BLIP classes, or of both, with the heads that it holds.
+
+    [ENC] begins a text that is matched, as in the paper; transformers' retrieval class leaves [CLS] there unless its
+    caller puts [ENC]. A captioner has no prompt, as there.
+
+    Args:
+        folder: with weights and, if they are there, the processor's files.
+        settings: its config.json.
+        name: for messages and for the model; the folder's if empty.
+
+    Raises:
+        WeightsError: that lists every tensor that is missing, unexpected or of another shape; or names the head or
+            the setting that doesn't fit.
+    """
+    where = name or str(folder)
+    tensors = read_weights(folder)
+    config = hf_blip_config(settings, tensors, where=where)
+    try:
+        network = Blip(config)
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    twins = tied(config)
+    check_twins(tensors, twins, where=where)
+    known = {key: value for key, value in tensors.items() if key not in twins}
+    ours = to_ours(known, hf_blip_rules(config), where=where, left_out=LEFT_OUT)
+    if "itc" in config.heads:  # what only ranks has no temperature there
+        ours["log_scale"] = network.log_scale.detach()
+    assign(network, ours, where=where)
+    tokenizer = read_tokenizer(folder, max_length=config.text.context_length, vocab_size=config.text.vocab_size)
+    return VisionLanguageModel(network, tokenizer, _transform(folder, config), name=name or folder.name, family="blip")
+
+
+def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> BlipConfig:
+    """Our settings for a BLIP's ``config.json`` and its heads; what it leaves out has transformers' defaults.
+
+    Raises WeightsError where our network has no such setting, or the class lacks a head.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import BlipConfig as Theirs
+
+    for name in settings.get("architectures") or ():
+        if name not in ARCHITECTURES:
+            raise WeightsError(f"{where}: {name} isn't known; expected one of {', '.join(ARCHITECTURES)}")
+        for head in ARCHITECTURES[name]:
+            if MARKS[head] not in tensors:
+                raise WeightsError(f"{where}: {name} needs the {head} head, but no tensor {MARKS[head]} is there")
+    found = find_heads(tensors, where)
+    try:
+        theirs: Any = Theirs.from_dict(dict(settings))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise WeightsError(f"{where}: not a BLIP's configuration ({str(error)[:300]})") from error
+    image, text = theirs.vision_config, theirs.text_config
+    for part in (image, text):
+        if part.hidden_act not in ACTS:
+            raise WeightsError(f"{where}: hidden_act {part.hidden_act!r}: expected one of {', '.join(ACTS)}")
+    image_size, patch_size = (square(getattr(image, side), side, where) for side in ("image_size", "patch_size"))
+    config = BlipConfig(
+        image=ViTConfig(
+            image_size=image_size, patch_size=patch_size, width=image.hidden_size, layers=image.num_hidden_layers,
+            heads=image.num_attention_heads, mlp_width=image.intermediate_size,
+            activation=ACTS[image.hidden_act], norm_eps=image.layer_norm_eps,  # type: ignore[arg-type]
+        ),
+        text=TransformerConfig(
+            vocab_size=text.vocab_size, context_length=text.max_position_embeddings, width=text.hidden_size,
+            layers=text.num_hidden_layers, heads=text.num_attention_heads, mlp_width=text.intermediate_size,
+            activation=ACTS[text.hidden_act], norm_eps=text.layer_norm_eps,  # type: ignore[arg-type]
+            cross_layers=tuple(range(text.num_hidden_layers)), cross_width=image.hidden_size,
+        ),
+        heads=found, dec_id=text.bos_token_id, enc_id=text.vocab_size - ADDED + 1,
+        embed_dim=theirs.image_text_hidden_size,
+    )  # fmt: skip
+    return replace(config, sharing=find_sharing(tensors, config))
+
+
+def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
+    """Write a folder that transformers' BLIP classes and ``BlipProcessor`` read.
+
+    The class in its config.json is that of captioning where there is an lm head, else that of retrieval; of a
+    network with all heads each class reads its own, and leaves the others out with a warning. Raises WeightsError
+    when they can't hold the network or its preprocessing, or the folder can't be written.
+    """
+    kind = str(model.tokenizer.to_dict()["kind"])
+
+    def reasons(network: Blip) -> dict[str, bool]:
+        config = network.config
+        return unfit_pools(config) | unfit(config) | {
+            "it has no itm head": "itc" in config.heads and "itm" not in config.heads,
+            "its text tower is pre-norm": config.text.norm != "post",
+            "it has token types": bool(config.text.token_types),
+            "its image tower has a norm before the first layer": config.image.pre_norm,
+            f"its pictures are preprocessed by {model.transform.resize!r}, not squash": (
+                model.transform.resize != "squash"
+            ),
+            f"its tokenizer is {kind!r}, not wordpiece": kind != "wordpiece",
+        }  # fmt: skip
+
+    network: Blip = exportable(model, Blip, "transformers' BLIP", reasons)
+    config = network.config
+    tensors = to_theirs(network.state_dict(), hf_blip_rules(config))
+    # Shared tensors once more under the decoder's names; safetensors refuses two names of one memory.
+    tensors |= {copy: tensors[kept].clone() for copy, kept in tied(config).items()}
+
+    def fill(target: Path) -> None:
+        save_file({name: value.cpu() for name, value in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
+        write_json(target / CONFIG, _hf_config(config))
+        write_json(target / PREPROCESSOR, _hf_preprocessor(model.transform))
+        model.tokenizer.save(target)
+        write_json(target / "tokenizer_config.json", bert_tokenizer(model.tokenizer))
+
+    write_model(folder, fill)
+    return folder
+
+
+def _transform(folder: Path, config: BlipConfig) -> ImageTransform:
+    settings = read_preprocessor(folder)
+    size = settings.get("size", {"height": config.image.image_size, "width": config.image.image_size})
+    if not isinstance(size, Mapping) or size.get("height") != size.get("width") or "height" not in size:
+        raise WeightsError(f"{folder}: pictures of size {size}, expected a square")
+    return ImageTransform(
+        size["height"],
+        tuple(settings.get("image_mean", CLIP_MEAN)),
+        tuple(settings.get("image_std", CLIP_STD)),
+        "squash",
+        FILTERS.get(settings.get("resample", 3), "bicubic"),  # type: ignore[arg-type]
+    )
+
+
+def _hf_config(config: BlipConfig) -> dict[str, Any]:
+    from transformers import BlipConfig as Theirs
+
+    image, text = config.image, config.text
+    theirs = Theirs(
+        vision_config={
+            "hidden_size": image.width, "intermediate_size": image.mlp_width, "num_hidden_layers": image.layers,
+            "num_attention_heads": image.heads, "image_size": image.image_size, "patch_size": image.patch_size,
+            "hidden_act": activation_name(image.activation), "layer_norm_eps": image.norm_eps,
+        },
+        text_config={
+            "vocab_size": text.vocab_size, "hidden_size": text.width, "intermediate_size": text.mlp_width,
+            "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
+            "max_position_embeddings": text.context_length, "hidden_act": activation_name(text.activation),
+            "layer_norm_eps": text.norm_eps, "bos_token_id": config.dec_id,
+        },
+        image_text_hidden_size=config.embed_dim,
+    )  # fmt: skip
+    names = [name for name, needed in ARCHITECTURES.items() if set(needed) <= set(config.heads)]
+    found: dict[str, Any] = theirs.to_dict()
+    return found | {"architectures": names[-1:]}
+
+
+def _hf_preprocessor(transform: ImageTransform) -> dict[str, Any]:
+    side = transform.size
+    return {
+        "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_resize": True,
+        "size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(transform.mean), "image_std": list(transform.std), "do_convert_rgb": True,
+        "resample": {value: key for key, value in FILTERS.items()}[transform.interpolation],
+    }  # fmt: skip
