@@ -20,7 +20,7 @@ from vlm.data.loader import shuffled_texts
 from vlm.errors import ConfigError
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
-from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
+from vlm.train.run import RunConfig, make_tokenizer, read_run_config, run_kind, train_stage
 from vlm.weights.official import read_official
 
 IMAGE = "model.image={image_size: 32, patch_size: 16, width: 32, layers: 2, heads: 2, mlp_width: 64}"
@@ -34,6 +34,11 @@ STAGES = {
     "vilt": ["model.context_length=32"],
     "albef": [
         "model.embed_dim=16", f"model.text={{{TEXT}, layers: 3, cross_layers: [2], cross_width: 32}}",
+        "train.teacher.queue=20",
+    ],
+    "blip": [
+        "model.embed_dim=16",
+        f"model.text={{{TEXT.replace('30522', '30524')}, layers: 2, cross_layers: [0, 1], cross_width: 32}}",
         "train.teacher.queue=20",
     ],
 }  # fmt: skip
@@ -56,18 +61,20 @@ def clip(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "clip"
 
 
-@pytest.mark.parametrize("stage", ["vilt", "albef"])
+@pytest.mark.parametrize("stage", ["vilt", "albef", "blip"])
 def test_command_trains_the_stage_from_clip(folder: Path, clip: Path, tmp_path: Path, stage: str) -> None:
     run = tmp_path / stage
     more = [*STAGES[stage], *COMMON, "train.optim.lr=0", f"validation={json.dumps([str(folder)])}"]
     options = ["--data", str(folder), "--out", str(run), "--device", "cpu", "--start", str(clip)]
     result = CliRunner().invoke(app, ["train", stage, *options, *more])
     assert result.exit_code == 0, result.output + str(result.exception)
-    parts = {"vilt": {"itm", "mlm", "wpa"}, "albef": {"itc", "itm", "mlm", "alpha", "teacher_distance"}}[stage]
+    taught = {"itc", "itm", "alpha", "teacher_distance"}
+    parts = {"vilt": {"itm", "mlm", "wpa"}, "albef": taught | {"mlm"}, "blip": taught | {"lm"}}[stage]
     lines = read_metrics(run / "metrics.jsonl")
     assert parts <= {name for line in lines for name in line}
     figures = next(line for line in lines if line["kind"] == "evaluate")
-    assert "match_order" in figures and ("recall" in figures) == (stage == "albef")
+    assert "match_order" in figures and ("recall" in figures) == (stage != "vilt")
+    assert ("lm_loss" in figures) == (stage == "blip")
     model, first = vlm.load(run, device="cpu"), vlm.load(clip, device="cpu")
     assert model.family == stage
     for name, value in first.network.image.state_dict().items():  # with a rate of 0 the start shows
@@ -76,7 +83,7 @@ def test_command_trains_the_stage_from_clip(folder: Path, clip: Path, tmp_path: 
     assert logits.shape == (1, 2) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("stage", ["vilt", "albef"])
+@pytest.mark.parametrize("stage", ["vilt", "albef", "blip"])
 def test_masks_and_partners_dont_depend_on_workers_or_a_break(folder: Path, tmp_path: Path, stage: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
@@ -91,11 +98,34 @@ def two(here, stage: str, folder: str, run: str) -> None:
     train_stage(settings(stage, Path(folder)), Path(run), here, progress=False)
 
 
-@pytest.mark.parametrize("stage", ["vilt", "albef"])
+@pytest.mark.parametrize("stage", ["vilt", "albef", "blip"])
 def test_two_ranks_equal_one(folder: Path, tmp_path: Path, stage: str) -> None:
     train_stage(settings(stage, folder), tmp_path / "one", ALONE, progress=False)
     spawn(two, stage, str(folder), str(tmp_path / "two"))
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=2e-4)
+
+
+def test_captioner_and_filter_go_on_from_one_blip(folder: Path, tmp_path: Path) -> None:
+    """Each with its own losses; the captioner needs no teacher, and is refused one."""
+    train_stage(settings("blip", folder), tmp_path / "blip", ALONE, progress=False)
+    heads = {"captioner": "[lm]", "filter": "[itc, itm]"}
+    for name, listed in heads.items():
+        more = [f"model.heads={listed}", "model.prompt_ids=[1037, 3861, 1997]"]
+        more += ["train.teacher.decay=0"] if name == "captioner" else []
+        train_stage(settings("blip", folder, tmp_path / "blip", *more), tmp_path / name, ALONE, progress=False)
+        model = vlm.load(tmp_path / name, device="cpu")
+        assert model.can("lm_logits") is (name == "captioner") and model.can("match") is (name == "filter")
+    assert {"lm", "lm_accuracy"} <= read_metrics(tmp_path / "captioner" / "metrics.jsonl")[0].keys()
+    assert {"itm", "itc", "alpha"} <= read_metrics(tmp_path / "filter" / "metrics.jsonl")[0].keys()
+    with pytest.raises(ConfigError, match="blip has no loss with a teacher; set it to 0"):
+        train_stage(settings("blip", folder, None, "model.heads=[lm]"), tmp_path / "taught", ALONE, progress=False)
+
+
+def test_start_tokens_and_prompts_have_their_room(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.dec_id 102 is a word of wordpiece; choose ids from 30522 on"):
+        train_stage(settings("blip", folder, None, "model.dec_id=102"), tmp_path / "run", ALONE, progress=False)
+    config = settings("blip", folder, None, "model.prompt_ids=[1037, 3861, 1997]", "loader.max_length=0")
+    assert make_tokenizer(config).max_length == 29  # of 32
 
 
 @pytest.mark.parametrize(("stage", "made"), [("albef", albef_reference), ("blip", blip_reference)])

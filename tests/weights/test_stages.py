@@ -11,10 +11,11 @@ from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
 from vlm.models.albef import Albef, AlbefConfig
-from vlm.models.albef_heads import ClassifierConfig, Nlvr2, Vqa, VqaConfig, answer_decoder, two_image_text
+from vlm.models.albef_heads import ClassifierConfig, Nlvr2, two_image_text
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
+from vlm.models.vqa import Vqa, VqaConfig, answer_decoder
 from vlm.weights.families import FAMILIES, family_name
 from vlm.weights.files import save_model
 from vlm.weights.keymaps.stages import text_layers

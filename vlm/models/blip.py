@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError
 from vlm.models import common_space as space
 from vlm.models.common_space import ImageStates, TextStates, project
 from vlm.models.heads import MlmHead, no_head
-from vlm.models.pairing import Keys, match_sums, meet, take_images
+from vlm.models.pairing import Keys, begun, match_sums, meet, take_images
 from vlm.models.stage import Choice, Draws, Encoded, Pairs, Taught, joint_loss
 from vlm.models.transformer import KVCache, Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
@@ -167,7 +166,7 @@ class Blip(nn.Module):
             mask: (B, L) true for real tokens.
             image: from `image_keys_values`; its images may divide B, each for several texts in a row.
         """
-        states = self._encoder("itm").embed(_begun(input_ids, self.config.enc_id))
+        states = self._encoder("itm").embed(begun(input_ids, self.config.enc_id))
         return self._matched(self._grounded(states, mask, image)[:, 0])
 
     def match(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
@@ -184,7 +183,7 @@ class Blip(nn.Module):
     def lm_logits(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, L, V) of the token after each token; the first token becomes [DEC], a prompt isn't put in."""
         image, mask = self.decoder_keys_values(self.image(pixels)), tokens["attention_mask"].bool()
-        return self._say(self._spoken(_begun(tokens["input_ids"], self.config.dec_id), mask, image))
+        return self._say(self._spoken(begun(tokens["input_ids"], self.config.dec_id), mask, image))
 
     def decode(self, input_ids: Tensor, *, image: Keys, cache: KVCache | None = None) -> Tensor:
         """Logits (B, V) of the token after the given ones.
@@ -272,7 +271,7 @@ class Blip(nn.Module):
         sums: dict[str, Tensor] = {}
         if self.loss_weights.get("itm"):
             image = self.image_keys_values(states)  # of all images of the pool, once
-            words = self._encoder("itm").embed(_begun(pairs.inputs["text_ids"], self.config.enc_id))  # (P, L, D)
+            words = self._encoder("itm").embed(begun(pairs.inputs["text_ids"], self.config.enc_id))  # (P, L, D)
             firsts, _ = meet(self._grounded, (words, pairs.inputs["text_mask"].bool()), image, pairs.partners)
             sums |= match_sums(self._matched(firsts), pairs.partners)
         if self.loss_weights.get("lm"):
@@ -289,8 +288,8 @@ class Blip(nn.Module):
 
     def _prompted(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """What the decoder reads, ids and mask (b, L), and what it is to say after each of it but the last."""
-        prompt, begun = self.config.prompt_ids, _begun(tokens["input_ids"], self.config.dec_id)
-        ids, mask = with_prompt(begun, tokens["attention_mask"], prompt)
+        prompt, ids = self.config.prompt_ids, begun(tokens["input_ids"], self.config.dec_id)
+        ids, mask = with_prompt(ids, tokens["attention_mask"], prompt)
         return ids, mask, next_tokens(ids, mask, given=1 + len(prompt))
 
     def _grounded(self, states: Tensor, mask: Tensor, image: Keys) -> Tensor:
@@ -318,11 +317,6 @@ class Blip(nn.Module):
     def _need(self, head: str) -> None:
         if head not in self.config.heads:
             raise no_head("BLIP", head, self.config.heads)
-
-
-def _begun(ids: Tensor, start: int) -> Tensor:
-    """Texts (B, L) with another first token."""
-    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, 1:]], dim=1)
 
 
 def _check(config: BlipConfig) -> None:

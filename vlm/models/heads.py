@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import MissingVerbError
-from vlm.models.transformer import activation
+from vlm.models.pairing import begun
+from vlm.models.transformer import Transformer, activation
+from vlm.models.vit import ViT
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a head says, and how wrong that is where the truth was given."""
+
+    logits: Tensor
+    """(B, classes), or (A, L - 1, V) for the tokens of answers."""
+    loss: Tensor | None = None
+    """Scalar: the mean over rows; over questions for VQA."""
 
 
 class ClassifierHead(nn.Module):
@@ -42,6 +55,17 @@ class MlmHead(nn.Module):
     def forward(self, states: Tensor, embedding: Tensor) -> Tensor:
         """Map (..., D) states to (..., V) logits; `embedding` is the (V, D) token embedding."""
         return F.linear(self.norm(self.act(self.dense(states))), embedding, self.bias)
+
+
+def fused_states(
+    image: ViT, text: Transformer, pixels: Tensor, tokens: Mapping[str, Tensor], start: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Fused states (B, L, D) of texts that look at their images, and the mask (B, L) of real tokens.
+
+    start: the texts' first token; None keeps the tokenizer's.
+    """
+    mask, words = tokens["attention_mask"].bool(), text.embed(begun(tokens["input_ids"], start))
+    return text(words, key_mask=mask, image=text.image_states(image(pixels))), mask
 
 
 def no_head(stage: str, head: str, heads: Iterable[str]) -> MissingVerbError:

@@ -44,6 +44,11 @@ def masked(batch: Rows) -> tuple[Tensor, Tensor]:
     return batch.masked_ids, batch.labels
 
 
+def begun(ids: Tensor, start: int | None) -> Tensor:
+    """Texts (B, L) with another first token; None keeps it."""
+    return ids if start is None else torch.cat([torch.full_like(ids[:, :1], start), ids[:, 1:]], dim=1)
+
+
 def take_images(image: Keys, rows: Tensor | slice) -> Keys:
     """Keys and values of some of the images."""
     return [None if kv is None else KeyValues(kv.keys[rows], kv.values[rows]) for kv in image]

@@ -28,7 +28,9 @@ def soft_targets(taught: Tensor, positive: Tensor, alpha: float) -> Tensor:
     return (1 - alpha) * known + alpha * taught.softmax(dim=1)
 
 
-def taught_cross_entropy(logits: Tensor, labels: Tensor, *, soft: Tensor | None, alpha: float) -> Tensor:
+def taught_cross_entropy(
+    logits: Tensor, labels: Tensor, *, soft: Tensor | None, alpha: float, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of classes or tokens against the label and a teacher's softmax (ALBEF §3.3, eq. 7).
 
     Args:
@@ -36,11 +38,12 @@ def taught_cross_entropy(logits: Tensor, labels: Tensor, *, soft: Tensor | None,
         labels: (M,) ids.
         soft: (M, V) the teacher's logits, or None.
         alpha: share of the teacher's softmax in the target.
+        smoothing: share of the label's part that is spread evenly over all classes.
 
     Returns:
         (M,) losses.
     """
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    losses = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="none")
     if soft is None or alpha == 0.0:
         return losses
     taught = -(soft.float().softmax(dim=-1) * logits.float().log_softmax(dim=-1)).sum(dim=-1)

@@ -10,10 +10,11 @@ from torch import nn
 
 from vlm.errors import WeightsError, nearest
 from vlm.models.albef import Albef, AlbefConfig
-from vlm.models.albef_heads import ClassifierConfig, Vqa, VqaConfig, classifier
+from vlm.models.albef_heads import ClassifierConfig, classifier
 from vlm.models.blip import Blip, BlipConfig
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.vilt import Vilt, ViltConfig
+from vlm.models.vqa import Vqa, VqaConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ FAMILIES = {
     "albef": Family(AlbefConfig, Albef),
     "blip": Family(BlipConfig, Blip),
     "albef-classifier": Family(ClassifierConfig, classifier),
-    "albef-vqa": Family(VqaConfig, Vqa),
+    "vqa": Family(VqaConfig, Vqa),
 }
 
 

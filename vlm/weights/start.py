@@ -60,8 +60,7 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
         )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
-        tokenizer = load_tokenizer(folder) if _is_med(network) else None
-        start_id = tokenizer.start_id if tokenizer else -1
+        start_id = load_tokenizer(folder).start_id if _is_med(network) else None
         start_parts(network, model_tensors(folder), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
@@ -123,16 +122,16 @@ def start_text(network: nn.Module, folder: Path) -> None:
     logger.info("text tower starts from %s", folder.name)
 
 
-def start_parts(network: nn.Module, theirs: Mapping[str, Tensor], *, where: str, start_id: int) -> None:
-    """Copy every part (a direct child or parameter) that an earlier stage's tensors also have, each whole.
+def start_parts(network: nn.Module, given: Mapping[str, Tensor], *, where: str, start_id: int | None = None) -> None:
+    """Copy every part (a direct child or parameter) that another network also has, each whole.
 
-    The text tower's layers may differ in number, and its cross-attention begins afresh where the earlier stage has
-    none: see `vlm.weights.keymaps.stages`. start_id: of the text's first token, as which [ENC] and [DEC] begin
-    where the earlier stage hasn't got them. Raises WeightsError when no tower is shared, or a shared part has
-    another shape.
+    given: that network's tensors, in our names. The text tower's layers may differ in number, and its
+    cross-attention begins afresh where there was none: see `vlm.weights.keymaps.stages`. start_id: of the text's
+    first token, as which [ENC] and [DEC] begin where they are new. Raises WeightsError when no tower is shared, or
+    a shared part has another shape.
     """
     own = network.state_dict()
-    tensors = _as_med(network, theirs, start_id, where) if _is_med(network) else _as_ours(network, theirs, where)
+    tensors = _as_med(network, given, start_id, where) if _is_med(network) else _as_ours(network, given, where)
     names = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):
@@ -148,7 +147,7 @@ def _is_med(network: nn.Module) -> bool:
     return getattr(getattr(network, "config", None), "dec_id", None) is not None
 
 
-def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, where: str) -> dict[str, Tensor]:
+def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int | None, where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage, or of a MED with other roles, under the names that the network has for them."""
     config: Any = network.config
     try:
@@ -161,7 +160,11 @@ def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int, whe
         if not sources:
             continue
         value = theirs[sources[0]]
+        if re.fullmatch(FRESH, name) and value.shape != own.shape:
+            continue  # what looks at images can't look at a question of another width
         more = len(own) - len(value) if name.endswith("tokens.weight") or name in WORD_BIASES else 0
+        if more > 0 and start_id is None:
+            raise WeightsError(f"{where}: {sources[0]} has {len(value)} words, this network {len(own)}")
         # The tokens that the earlier stage hasn't got begin as the one that its texts begin with.
         out[name] = torch.cat([value, value[start_id][None].expand(more, *value.shape[1:])]) if more > 0 else value
     return out
