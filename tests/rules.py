@@ -14,7 +14,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"files", "errors"},
     "models": {"objectives", "errors"},
     "generate": {"errors"},
-    "weights": {"models", "data", "files", "errors"},
+    "weights": {"models", "generate", "data", "files", "errors"},
     "train": {"objectives", "models", "weights", "data", "files", "errors"},
     "tasks": {"objectives", "models", "generate", "weights", "data", "train", "files", "errors"},
     "apps": {"objectives", "models", "generate", "weights", "data", "train", "tasks", "files", "errors"},

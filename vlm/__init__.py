@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["VlmError", "ZeroShotClassifier", "__version__", "load"]
+__all__ = ["Captioner", "VlmError", "ZeroShotClassifier", "__version__", "load"]
 
 if TYPE_CHECKING:
     from vlm.errors import VlmError
+    from vlm.tasks.caption import Captioner
     from vlm.tasks.zero_shot import ZeroShotClassifier
     from vlm.weights.load import load
 
 # Found when first asked for, so that `import vlm` stays fast.
-_PLACES = {"VlmError": "vlm.errors", "ZeroShotClassifier": "vlm.tasks.zero_shot", "load": "vlm.weights.load"}
+_PLACES = {
+    "Captioner": "vlm.tasks.caption",
+    "VlmError": "vlm.errors",
+    "ZeroShotClassifier": "vlm.tasks.zero_shot",
+    "load": "vlm.weights.load",
+}
 
 
 def __getattr__(name: str) -> Any:

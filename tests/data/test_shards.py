@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import webdataset
 from PIL import Image
 
 from tests.data.made import picture, said, tar, write
-from vlm.data.shards import ShardSource, ShardWriter, find_shards
+from vlm.data.shards import ShardSource, ShardWriter, find_shards, shard_pictures
 from vlm.errors import DataError
 
 
@@ -278,3 +279,23 @@ def test_the_writer_refuses_what_could_not_be_read(
 def test_the_writer_needs_a_numbered_name(pattern: str) -> None:
     with pytest.raises(DataError, match="expected a shard name with a number"):
         ShardWriter(pattern)
+
+
+def test_pictures_without_texts_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "web.tar"
+    pieces = {"a.png": b"first", "deep/b.JPG": b"second picture", "b.txt": b"a text", "c.json": b"{}"}
+    with tarfile.open(path, "w") as tar:
+        for name, content in pieces.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found = shard_pictures(str(path))
+    assert [one.name for one in found] == [f"{path}:a.png", f"{path}:deep/b.JPG"]
+    assert [one.read() for one in found] == [b"first", b"second picture"]
+    assert found[1].read(6) == b"second" and found[0].read(100) == b"first"
+    packed = tmp_path / "web.tar.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [one.read() for one in shard_pictures(str(packed))] == [b"first", b"second picture"]
+    path.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(DataError, match=r"web\.tar: not a tar archive"):
+        shard_pictures(str(path))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps import classify, data, doctor, evaluate, explain, models, reproduce, train
+from vlm.apps import caption, classify, data, doctor, evaluate, explain, models, reproduce, train
 from vlm.apps.serve import command as serve
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")
 app.add_typer(reproduce.app, name="reproduce")
 app.command()(classify.classify)
+app.command()(caption.caption)
 app.command()(serve.serve)
 app.command()(explain.explain)
 app.command()(doctor.doctor)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -15,6 +17,7 @@ from vlm import files
 from vlm.errors import ConfigError, DataError, WeightsError
 
 DEFAULT_MODEL = "tiny-clip"
+DEFAULT_CAPTIONER = "tiny-blip"
 Model = Annotated[str, typer.Option("--model", "-m", help="Shipped name, folder, repo id, open_clip:ARCH/TAG, file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Templates = Annotated[
@@ -33,10 +36,11 @@ def load_model(name: str, device: str) -> Any:
     from vlm.weights.shipped import shipped
 
     place = None if device == "auto" else pick_device(device)
-    if name == DEFAULT_MODEL and not Path(name).exists() and name not in shipped():
+    if name in (DEFAULT_MODEL, DEFAULT_CAPTIONER) and not Path(name).exists() and name not in shipped():
+        stage = name.removeprefix("tiny-")
         raise WeightsError(
-            f"{name} isn't in this checkout; train it with `vlm train clip --config tiny --out runs/{name}` and give "
-            f"`--model runs/{name}`, or name another model (`vlm models` says which)"
+            f"{name} isn't in this checkout; train it with `vlm train {stage} --config tiny --out runs/{name}` and "
+            f"give `--model runs/{name}`, or name another model (`vlm models` says which)"
         )
     return load(name, device=place)
 
@@ -148,6 +152,31 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def percent(figure: Mapping[str, float]) -> str:
     """A figure with its interval (``value``, ``low``, ``high``, as shares) in per cent."""
     return f"{100 * figure['value']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+
+
+def with_options(kind: type, *, environment: str = "") -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Makes a command of one settings object into one for typer: its options are the fields of the dataclass `kind`.
+
+    environment: what the names of variables begin with that set options too; empty for none.
+    """
+
+    def make(command: Callable[[Any], None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            command(kind(**values))
+
+        hints = get_type_hints(kind, include_extras=True)
+        parameters = []
+        for field in dataclasses.fields(kind):
+            if environment:
+                hints[field.name].__metadata__[0].envvar = environment + field.name.upper()
+            default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+            only = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(field.name, only, default=default, annotation=hints[field.name]))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return make
 
 
 def log_warnings() -> None:

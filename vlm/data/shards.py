@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,6 +120,34 @@ def find_shards(pattern: str) -> list[str]:
     if not found:
         raise DataError(f"{pattern}: no shards ({', '.join(ENDINGS)}) there")
     return found
+
+
+@dataclass(frozen=True)
+class ShardPicture:
+    """A picture in a shard, with or without a text; read when asked for, like an open file."""
+
+    name: str
+    """The shard's place, a colon, and the member's name."""
+    tar: Path
+    at: int
+    size: int
+
+    def read(self, size: int = -1) -> bytes:
+        """The encoded picture, or its first `size` bytes."""
+        with self.tar.open("rb") as file:
+            file.seek(self.at)
+            return file.read(self.size if size < 0 else min(size, self.size))
+
+
+def shard_pictures(place: str) -> list[ShardPicture]:
+    """All pictures of a shard in their order, also those without a text. Raises DataError for what is no tar."""
+    local = local_tar(place).path
+    try:
+        with tarfile.open(local, "r:") as tar:
+            members = [one for one in tar if one.isfile() and Path(one.name).suffix.lower() in SUFFIXES]
+    except tarfile.TarError as error:
+        raise DataError(f"{place}: not a tar archive, or damaged ({error})") from error
+    return [ShardPicture(f"{place}:{one.name}", local, one.offset_data, one.size) for one in members]
 
 
 def shard_label(place: str) -> str:

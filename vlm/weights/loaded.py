@@ -13,7 +13,9 @@ from vlm.data.batch import Tokens
 from vlm.data.images import load_image
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform, pad_pictures
-from vlm.errors import DataError, MissingVerbError, VlmError, WeightsError
+from vlm.errors import ConfigError, DataError, MissingVerbError, VlmError, WeightsError
+from vlm.generate import Generated, GenerationConfig, generate
+from vlm.models.cache import DecoderState
 from vlm.models.heads import no_head
 from vlm.models.stage import can
 from vlm.weights.files import save_model
@@ -79,6 +81,47 @@ class VisionLanguageModel:
     def similarity(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Cosine over temperature, (images, texts)."""
         return self._verb("similarity")(image_features, text_features)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        pixels: Tensor,
+        prompt: Mapping[str, Tensor] | None = None,
+        config: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
+        *,
+        draws: Tensor | None = None,
+    ) -> Generated:
+        """Write texts about (B, 3, H, W) pixels.
+
+        prompt: tokens (B, P) of how each text begins, as the tokenizer gives them; None for what the model was
+        trained with. config, draws: see `vlm.generate.generate`. Raises ConfigError where prompt and text
+        together are longer than the model's texts can be.
+        """
+        network: Any = self.network
+        if not hasattr(network, "decode"):
+            self._verb("generate")
+        sizes = network.config
+        if prompt is None:
+            ids = torch.tensor([[sizes.dec_id, *sizes.prompt_ids]], device=self.device).expand(len(pixels), -1)
+            prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:  # its start token becomes [DEC]; the end token goes
+            ids, mask = prompt["input_ids"][:, :-1], prompt["attention_mask"][:, 1:]
+            ids = torch.cat([torch.full_like(ids[:, :1], sizes.dec_id), ids[:, 1:]], dim=1)
+            prompt = {"input_ids": ids, "attention_mask": mask}
+        length, limit = ids.shape[1] + config.max_new_tokens, sizes.text.context_length
+        if length > limit:
+            raise ConfigError(
+                f"{self.name}: a prompt of {ids.shape[1]} tokens and {config.max_new_tokens} new ones are more than "
+                f"its texts can have, {limit}; lower max_new_tokens"
+            )
+        # Projected once; the states themselves aren't needed any more.
+        image = network.decoder_keys_values(network.image_states(pixels).states)
+        state = DecoderState(image, capacity=length)
+        del image
+        return generate(
+            lambda tokens, held: network.decode(tokens, image=held.image, cache=held.cache),
+            state, prompt, config, end_id=self.tokenizer.end_id, pad_id=self.tokenizer.pad_id, draws=draws,
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         """Refuse the verbs of other stages, saying which stages have them."""

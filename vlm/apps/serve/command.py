@@ -36,7 +36,7 @@ def serve(config: ServeConfig) -> None:
     except ModuleNotFoundError as error:
         raise ConfigError(f"vlm serve needs {error.name}, which isn't installed: pip install 'vlm[serve]'") from error
     from vlm.apps.serve.app import create_app
-    from vlm.apps.serve.packed import pack_linears
+    from vlm.models.packed import pack_linears
 
     templates = read_templates(config.templates)
     with listen(config.host, config.port) as place:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
+from vlm.apps import common
 from vlm.apps.common import DEFAULT_MODEL
 from vlm.errors import ConfigError, check_least
 
@@ -73,18 +74,11 @@ def check_names(environment: Iterable[str]) -> None:
 
 
 def with_options(command: Callable[[ServeConfig], None]) -> Callable[..., None]:
-    """A command for typer whose options are the fields of `ServeConfig`."""
+    """A command for typer whose options are the fields of `ServeConfig`, which environment variables set too."""
 
-    def run(**values: Any) -> None:
+    @wraps(command)
+    def checked(config: ServeConfig) -> None:
         check_names(os.environ)
-        command(ServeConfig(**values))
+        command(config)
 
-    hints = get_type_hints(ServeConfig, include_extras=True)
-    parameters = []
-    for field in dataclasses.fields(ServeConfig):
-        hints[field.name].__metadata__[0].envvar = f"VLM_{field.name.upper()}"
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]))
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__doc__, run.__name__ = command.__doc__, command.__name__
-    return run
+    return common.with_options(ServeConfig, environment="VLM_")(checked)

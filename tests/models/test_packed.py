@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
+from tests.models.small_blip import BLIP, build
 from tests.tasks.small import noise, random_model
-from vlm.apps.serve.packed import PackedLinear, pack_linears
+from vlm.models.packed import PackedLinear, PackedMlmHead, pack_linears
 
 
 def test_both_towers_give_the_same_features() -> None:
@@ -28,7 +30,7 @@ def test_both_towers_give_the_same_features() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_any_leading_shape(bias: bool) -> None:
     linear = nn.Linear(6, 4, bias=bias)
-    packed = PackedLinear(copy.deepcopy(linear))
+    packed = PackedLinear(linear.weight, linear.bias)
     with torch.inference_mode():
         for shape in ((6,), (3, 6), (2, 3, 6), (0, 6)):
             states = torch.randn(shape)
@@ -42,3 +44,16 @@ def test_other_types_and_derived_layers_are_left() -> None:
     network = nn.Sequential(nn.Linear(4, 4).bfloat16(), Own(4, 4), nn.Sequential(nn.Linear(4, 4)))
     assert pack_linears(network) == 1
     assert isinstance(network[2][0], PackedLinear) and type(network[1]) is Own
+
+
+@pytest.mark.parametrize("sharing", ["none", "all_but_self_attention"])
+def test_a_decoder_says_the_same(sharing: Literal["none", "all_but_self_attention"]) -> None:
+    network = build(replace(BLIP, sharing=sharing))
+    ids = torch.randint(0, 40, (3, 5), generator=torch.Generator().manual_seed(0))
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    pixels = torch.randn(3, 3, BLIP.image.image_size, BLIP.image.image_size)
+    with torch.inference_mode():
+        expected = network.lm_logits(pixels, tokens), network.match(pixels, tokens)
+        assert pack_linears(network) > 10 and isinstance(network.lm_head, PackedMlmHead)
+        assert torch.allclose(network.lm_logits(pixels, tokens), expected[0], atol=1e-5)
+        assert torch.allclose(network.match(pixels, tokens), expected[1], atol=1e-5)
