@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlm
@@ -100,7 +101,7 @@ def test_verbs_of_other_stages_say_who_has_them(tmp_path):
     saved(tmp_path / "model")
     model = vlm.load(tmp_path / "model", device="cpu")
     with pytest.raises(MissingVerbError, match="small is a clip model and has no generate; BLIP and BLIP-2 can"):
-        model.generate()
+        model.generate(model.pixels(Image.new("RGB", (24, 24))))
     assert not hasattr(model, "mlm_logits")
     with pytest.raises(AttributeError, match="no attribute 'encode_imag'"):
         model.encode_imag()
