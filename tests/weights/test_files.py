@@ -18,7 +18,7 @@ from vlm.errors import MissingVerbError, WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import read_tensors, save_model
+from vlm.weights.files import Base, read_tensors, save_model, with_shared, without_shared
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.start import start_from
 
@@ -290,6 +290,33 @@ def test_a_folder_that_leaves_out_what_its_base_holds(tmp_path, monkeypatch):
     model.network = Clip(replace(longer, text=replace(longer.text, layers=1)))
     with pytest.raises(WeightsError, match=r"base first: this model has no text\.layers\.1\."):
         model.save(tmp_path / "third", base="first")
+    with pytest.raises(WeightsError, match="base: second is kept as a part of another model itself"):
+        model.save(tmp_path / "third", base="second")
+    save_model(scrambled(Clip(CONFIG)), words, transform, tmp_path / "first", name="first", dtype=torch.bfloat16)
+    with pytest.raises(WeightsError, match=r"second: was kept as a part of first with the SHA-256 .*shipped here has"):
+        vlm.load(tmp_path / "second")
     (tmp_path / "first" / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"second.config\.json: no shipped model 'first'"):
         vlm.load(tmp_path / "second")
+
+
+def test_what_is_left_out_comes_back():
+    """Only equal tensors of one type are shared; a shorter one, or one of another type, is stored whole."""
+    generator = torch.Generator().manual_seed(0)
+    old = {name: torch.randn(4, 3, generator=generator) for name in ("same", "longer", "shorter", "half", "other")}
+    base = Base("base", old | {"scalar": torch.tensor(1.0)}, "")
+    new = {
+        "same": old["same"].clone(), "longer": torch.cat([old["longer"], torch.ones(2, 3)]),
+        "shorter": old["shorter"][:3].clone(), "half": old["half"].half(), "other": old["other"] + 1,
+        "scalar": torch.tensor(1.0), "new": torch.ones(1),
+    }  # fmt: skip
+    stored = without_shared(new, base)
+    assert set(stored) == {"longer@rows", "shorter", "half", "other", "scalar", "new"}
+    found = with_shared(stored, base, where="here")
+    assert set(found) == set(new)
+    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in new.items())
+    for wrong in (torch.ones(2, 5), torch.ones(2, 3).half()):
+        with pytest.raises(WeightsError, match="here: same@rows continues a tensor that base doesn't hold"):
+            with_shared({"same@rows": wrong}, base, where="here")
+    with pytest.raises(WeightsError, match="here: no@rows continues"):
+        with_shared({"no@rows": torch.ones(2, 3)}, base, where="here")

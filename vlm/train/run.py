@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlm.data.batch import Batch
+from vlm.data.batch import KINDS, Batch
 from vlm.data.loader import LoaderConfig, make_loader, steps_per_epoch
 from vlm.data.sources import open_source
 from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
@@ -165,7 +165,7 @@ def train_stage(
 
     steps = steps_per_epoch(len(source), loader)
     width = getattr(config.model, "embed_dim", 0)
-    job = Job(network, batches, steps, export, evaluate, fingerprint, width)
+    job = Job(network, batches, steps, export, evaluate, fingerprint, width, len(KINDS))
     trainer = Trainer(job, config.train, run, here, progress=progress)
     if taught is not None and trainer.teaching is not None:
         trainer.teaching.start_from(taught.teacher, taught.image_queue, taught.text_queue, taught.pointer)

@@ -23,7 +23,7 @@ from vlm.weights.rules import refuse
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
 BASE = "base"
-"""In config.json: the shipped model that holds the tensors which the folder leaves out."""
+"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out."""
 MORE_ROWS = "@rows"
 """Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
 
@@ -38,10 +38,12 @@ class Configured(Protocol):
 
 
 class Base(NamedTuple):
-    """A model that another one shares tensors with."""
+    """A shipped model that another one shares tensors with."""
 
     name: str
     tensors: Mapping[str, Tensor]
+    sha256: str
+    """Of its weights file: a base that was trained anew must not slip into what was trained on the old one."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -150,7 +152,8 @@ def save_model(
         for key, value in network.state_dict().items()
     }
     if base is not None:
-        tensors, config[BASE] = without_shared(tensors, base), base.name
+        tensors = without_shared(tensors, base)
+        config[BASE] = {"name": base.name, "sha256": base.sha256}
 
     def fill(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -164,9 +167,10 @@ def save_model(
 
 
 def without_shared(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
-    """What of a model's tensors isn't also in its base: bit for bit in the model's type, by the same name.
+    """What of a model's tensors isn't also in its base: of one name and type, bit for bit.
 
-    Raises WeightsError when the base holds a tensor that the model lacks.
+    A tensor that goes on with further rows is stored as those. Raises WeightsError when the base holds a tensor that
+    the model lacks.
     """
     lacking = [name for name in base.tensors if name not in tensors]
     if lacking:
@@ -174,7 +178,8 @@ def without_shared(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tenso
     found = {}
     for name, value in tensors.items():
         old = base.tensors.get(name)
-        if old is None or old.shape[1:] != value.shape[1:] or not torch.equal(old.to(value.dtype), value[: len(old)]):
+        alike = old is not None and old.dtype == value.dtype and old.shape[1:] == value.shape[1:] and old.dim() > 0
+        if old is None or not alike or not torch.equal(old, value[: len(old)]):
             found[name] = value
         elif len(old) < len(value):
             found[name + MORE_ROWS] = value[len(old) :].clone()
@@ -187,9 +192,10 @@ def with_shared(tensors: Mapping[str, Tensor], base: Base, *, where: str) -> dic
     for name, value in tensors.items():
         plain = name.removesuffix(MORE_ROWS)
         if plain != name:
-            if plain not in found or found[plain].shape[1:] != value.shape[1:]:
+            old = found.get(plain)
+            if old is None or old.shape[1:] != value.shape[1:] or old.dtype != value.dtype:
                 raise WeightsError(f"{where}: {name} continues a tensor that {base.name} doesn't hold in that shape")
-            value = torch.cat([found[plain].to(value.dtype), value])
+            value = torch.cat([found[plain], value])
         found[plain] = value
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -29,23 +31,38 @@ def shipped_folder(name: str) -> Path | None:
 
 
 def base_of(name: str, *, where: str) -> Base:
-    """A shipped model as a base. Raises WeightsError, which names `where`, when there is none of that name."""
+    """A shipped model as a base for others, which has none itself.
+
+    Raises WeightsError, which names `where`, when there is none of that name.
+    """
     folder = shipped_folder(name)
     if folder is None:
         names = list(shipped())
         raise WeightsError(f"{where}: no shipped model {name!r}{nearest(name, names)}; there are {', '.join(names)}")
-    return Base(name, model_tensors(folder))
+    if BASE in read_json(folder / CONFIG):
+        raise WeightsError(f"{where}: {name} is kept as a part of another model itself; choose one that isn't")
+    with (folder / WEIGHTS).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Base(name, read_tensors(folder / WEIGHTS), digest)
 
 
 def model_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder that `save_model` wrote, those it shares with its base included.
 
-    Raises WeightsError when a file can't be read or the base isn't shipped here.
+    Raises WeightsError when a file can't be read, or the base isn't shipped here as it was then.
     """
-    tensors, base = read_tensors(folder / WEIGHTS), read_json(folder / CONFIG).get(BASE)
-    if base is None:
+    tensors, given = read_tensors(folder / WEIGHTS), read_json(folder / CONFIG).get(BASE)
+    if given is None:
         return tensors
-    return with_shared(tensors, base_of(str(base), where=str(folder / CONFIG)), where=str(folder / WEIGHTS))
+    if not isinstance(given, Mapping) or not {"name", "sha256"} <= given.keys():
+        raise WeightsError(f"{folder / CONFIG}: {BASE} must have a name and a sha256, got {given!r}")
+    base = base_of(str(given["name"]), where=str(folder / CONFIG))
+    if base.sha256 != given["sha256"]:
+        raise WeightsError(
+            f"{folder}: was kept as a part of {base.name} with the SHA-256 {given['sha256'][:16]}..., but the one "
+            f"shipped here has {base.sha256[:16]}...; use the version of vlm that it was written with"
+        )
+    return with_shared(tensors, base, where=str(folder / WEIGHTS))
 
 
 def _assets() -> Path:
