@@ -70,22 +70,25 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="one for each stage: anything that vlm.load takes")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    found, rows = {}, []
+    families: dict[str, tuple[str, str]] = {}
     for place in options.models:
         model = vlm.load(place, device="cpu")
-        jobs = {name: run_job(job, place) for name, job in jobs_of(model.family).items()}
-        if model.name in found:
+        if model.name in families:
             sys.exit(f"{place}: a second model called {model.name!r}; give it another name in its config.json")
-        found[model.name] = jobs
-        rows += rows_of(model.name, jobs)
-    values = {
-        "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)}",
-        "machine": machine("cpu"),
-        "versions": versions("torch", "timm"),
-        "stages": found,
-    }
-    header = ["model", "data", "measure", "% [95 % interval]", "chance %"]
-    write_results(options.out, "stages", values, markdown(header, rows))
+        families[model.name] = (place, model.family)
+    found: dict[str, Any] = {}
+    rows: list[list[str]] = []
+    for name, (place, family) in families.items():
+        found[name] = {data: run_job(job, place) for data, job in jobs_of(family).items()}
+        rows += rows_of(name, found[name])
+        values = {
+            "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)}",
+            "machine": machine("cpu"),
+            "versions": versions("torch", "timm"),
+            "stages": found,
+        }
+        header = ["model", "data", "measure", "% [95 % interval]", "chance %"]
+        write_results(options.out, "stages", values, markdown(header, rows))  # what a later failure must leave
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_the_command_writes_its_results(bench: ModuleType, monkeypatch: pytest.M
 
 
 def test_two_models_of_one_name_are_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench, "run_job", lambda job, place: {"top-1": FIGURE})
+    monkeypatch.setattr(bench, "run_job", None)  # nothing is measured before
     monkeypatch.setattr("sys.argv", ["evaluate_stages.py", "tiny-clip", "tiny-clip", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="second model called 'tiny-clip'"):
         bench.main()

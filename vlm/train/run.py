@@ -39,7 +39,9 @@ class ImagesConfig:
     """How pictures become pixels; the side is the model's."""
 
     mean: tuple[float, float, float] = CLIP_MEAN
+    """What is subtracted from red, green and blue, each from 0 to 1."""
     std: tuple[float, float, float] = CLIP_STD
+    """What they are then divided by."""
     resize: Resize = "squash"
     """`squash` both sides, `crop` the centre, `pad` with white, or `fit`: keep the shape, for ViLT alone."""
 
@@ -69,6 +71,7 @@ class RunConfig(Generic[M]):
     """Weights to begin with, later ones over earlier: ``minilm``, a BERT folder, a shipped name, a model or run
     folder."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
+    """How texts become ids: BERT's pieces, or CLIP's byte pairs."""
     data: tuple[str, ...] = ("human-train", "web-train")
     """Training sets, joined; anything that `open_source` takes."""
     validation: tuple[str, ...] = ("web-val",)
