@@ -19,12 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, median_interval, peak_mb, versions, write_results
+from measure import machine, median_interval, peak_mb, reset_peak, versions, write_results
 from torch import Tensor, nn
-
-from vlm.generate import GenerationConfig
-from vlm.models.packed import pack_linears
-from vlm.weights.load import load
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -51,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(memory_here(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        options.folder = options.folder or Path(folder)
+        options.folder = Path(folder)
         make_weights(options.preset, options.folder)
         result = {"command": shlex.join(["python", "benchmarks/generate.py", *words])} | measure(options)
     name = options.name or f"generate-{options.preset}-cpu"
@@ -79,8 +75,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_weights(preset: str, folder: Path) -> None:
-    """A BLIP of `transformers` in a folder; larger weights than at the start, so that tokens differ."""
+    """A folder for each side with the same weights, larger than at the start, so that tokens differ."""
     from transformers import BlipConfig, BlipForConditionalGeneration
+
+    from vlm.weights.load import load
 
     torch.manual_seed(0)
     model: Any = BlipForConditionalGeneration(BlipConfig(**SIZES[preset]))
@@ -92,7 +90,8 @@ def make_weights(preset: str, folder: Path) -> None:
         model.text_decoder.bert.embeddings.position_embeddings.weight.normal_(std=0.5)
         for layer in model.text_decoder.bert.encoder.layer:
             layer.crossattention.output.dense.weight.mul_(4)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder / "transformers")
+    load(folder / "transformers", device="cpu").save(folder / "vlm")
 
 
 def random_pixels(options: argparse.Namespace) -> Tensor:
@@ -102,13 +101,19 @@ def random_pixels(options: argparse.Namespace) -> Tensor:
 
 
 def load_side(side: str, folder: Path) -> tuple[Any, nn.Module]:
-    """A side's model and its image encoder; ours as `vlm caption` has it, layers packed."""
+    """A side's model and its image encoder; ours as `vlm caption` has it, layers packed.
+
+    Each side is imported alone, so that a process of its own holds nothing of the other.
+    """
     if side == "transformers":
         from transformers import BlipForConditionalGeneration
 
-        theirs: Any = BlipForConditionalGeneration.from_pretrained(folder).eval().requires_grad_(False)
+        theirs: Any = BlipForConditionalGeneration.from_pretrained(folder / side).eval().requires_grad_(False)
         return theirs, theirs.vision_model
-    model = load(folder, device="cpu")
+    from vlm.models.packed import pack_linears
+    from vlm.weights.load import load
+
+    model = load(folder / side, device="cpu")
     pack_linears(model.network)
     return model, model.network.image  # type: ignore[return-value]
 
@@ -118,17 +123,24 @@ def make_run(side: str, model: Any, beams: int, tokens: int) -> Run:
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens - 1}
     if side == "transformers":
         return lambda pixels: model.generate(pixels, num_beams=beams, do_sample=False, **settings)[:, 1:]
+    from vlm.generate import GenerationConfig
+
     config = GenerationConfig("beam", beams=beams, **settings)
     return lambda pixels: model.generate(pixels, config=config).ids[:, 0]
 
 
 @torch.inference_mode()
 def memory_here(options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of this process in MB: when the model is there, and after one search."""
+    """Peak memory of this process in MB: of loading, and of searches when the model is there.
+
+    The second search counts, since `transformers` maps its weights and reads them in the first one.
+    """
     model, _ = load_side(options.memory, options.folder)
-    loaded = peak_mb("cpu")
-    make_run(options.memory, model, options.beams[0], options.tokens)(random_pixels(options))
-    return {"loaded": loaded, "searched": peak_mb("cpu")}
+    loading, run = peak_mb("cpu"), make_run(options.memory, model, options.beams[0], options.tokens)
+    run(random_pixels(options))
+    reset_peak()
+    run(random_pixels(options))
+    return {"loading": loading, "searching": peak_mb("cpu")}
 
 
 def memory_apart(side: str, beams: int, options: argparse.Namespace) -> dict[str, float]:
@@ -226,8 +238,8 @@ def markdown(result: dict[str, Any]) -> str:
             )
         peaks = {side: search["memory_mb"][side] for side in SIDES}
         memory.append(
-            f"{name} {peaks['vlm']['searched']:,.0f} MB beside {peaks['transformers']['searched']:,.0f} MB "
-            f"(when loaded {peaks['vlm']['loaded']:,.0f} and {peaks['transformers']['loaded']:,.0f})"
+            f"{name} {peaks['vlm']['searching']:,.0f} MB beside {peaks['transformers']['searching']:,.0f} MB "
+            f"(in loading {peaks['vlm']['loading']:,.0f} and {peaks['transformers']['loading']:,.0f})"
         )
     lines += [
         "",
@@ -236,7 +248,7 @@ def markdown(result: dict[str, Any]) -> str:
         "the image's keys and values. Linear layers of vlm are laid out for oneDNN, as `vlm caption` does once when "
         "it has loaded the model.",
         "",
-        f"Highest memory of a process of its own: {'; '.join(memory)}.",
+        f"Highest memory of a process of its own while it searches: {'; '.join(memory)}.",
         "",
         f"Random weights; every text has its full length. {result['machine']}, {result['threads']} threads; "
         + ", ".join(f"{name} {value}" for name, value in result["versions"].items())

@@ -29,6 +29,15 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def reset_peak() -> bool:
+    """Let `peak_mb` of this process begin anew; false where the system can't."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def timed(step: Callable[[int], None], numbers: Sequence[int], device: str) -> float:
     """Seconds of some steps; a GPU is waited for on both ends."""
     import torch

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tests.models.small import close, far
 from tests.models.small_albef import ALBEF, batch
+from tests.models.small_blip import BLIP, ENC
 from vlm.errors import ConfigError
-from vlm.models.albef_heads import ClassifierConfig, Entailment, Nlvr2, two_image_text
+from vlm.models.albef_heads import ClassifierConfig, Entailment, Nlvr2, med_two_image_text, two_image_text
 
 ONE = ClassifierConfig(ALBEF.image, ALBEF.text)
+TWIN = ClassifierConfig(BLIP.image, med_two_image_text(BLIP.text), "nlvr2", enc_id=ENC)
 TWO = ClassifierConfig(ALBEF.image, two_image_text(ALBEF.text), "nlvr2")
 
 
@@ -30,6 +32,26 @@ def build(kind: Any, config: Any, seed: int = 0) -> Any:
 
 def without_gradient(model: nn.Module) -> list[str]:
     return [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_nlvr2_of_blip_by_its_layers() -> None:
+    """Of each layer a cross-attention for each image: the mean of both below, a linear map of both above."""
+    model, some, pixels = build(Nlvr2, TWIN), batch(3), pairs_of_pictures(3)
+    assert TWIN.text.cross_twin == (0, 1, 2, 3) and TWIN.text.cross_merged == (2, 3)
+    images = [model.image(pixels[:, i]) for i in (0, 1)]
+    mask, ids = some.tokens.attention_mask[:, None, None], some.tokens.input_ids.clone()
+    ids[:, 0] = ENC
+    x = model.text.embed(ids)
+    for i, layer in enumerate(model.text.layers):
+        attention = layer.self_attn["text"]
+        x = layer.self_norm(x + attention(x, attention.keys_values(x), mask))
+        crosses = zip((layer.cross_attn, layer.cross_other), images, strict=True)
+        first, second = (cross(x, cross.keys_values(image)) for cross, image in crosses)
+        joined = (first + second) / 2 if i < 2 else layer.cross_merge(torch.cat([first, second], dim=-1))
+        x = layer.cross_norm(x + joined)
+        x = layer.mlp_norm["text"](x + layer.mlp["text"](x))
+    close(model(pixels, some.tokens).logits, model.nlvr2_head(x[:, 0]))
+    assert far(model(pixels, some.tokens).logits, model(pixels.flip(1), some.tokens).logits)
 
 
 def pairs_of_pictures(rows: int) -> Tensor:
@@ -50,10 +72,10 @@ def test_entailment() -> None:
     close(model(some.pixels, some.tokens, labels, soft=soft, alpha=0.4).loss, 0.6 * found.loss + 0.4 * pure)
 
 
-@pytest.mark.parametrize("kind", ["entailment", "nlvr2"])
+@pytest.mark.parametrize("kind", ["entailment", "nlvr2", "twin"])
 def test_padding_and_batch_change_no_class(kind: str) -> None:
     some = batch(4)
-    model = build(Entailment, ONE) if kind == "entailment" else build(Nlvr2, TWO)
+    model = build(Entailment, ONE) if kind == "entailment" else build(Nlvr2, TWO if kind == "nlvr2" else TWIN)
     pixels = some.pixels if kind == "entailment" else pairs_of_pictures(4)
     together = model(pixels, some.tokens).logits
     for i in range(4):
@@ -78,20 +100,23 @@ def test_nlvr2_by_its_layers() -> None:
 
 
 @pytest.mark.parametrize(("task", "classes"), [("nlvr2", 2), ("assignment", 3)])
-def test_nlvr2_learns_from_labels(task: Any, classes: int) -> None:
-    model, some = build(Nlvr2, replace(TWO, task=task)).train(), batch(3, full=True)
+@pytest.mark.parametrize("config", [TWO, TWIN], ids=["albef", "blip"])
+def test_nlvr2_learns_from_labels(config: ClassifierConfig, task: Any, classes: int) -> None:
+    model, some = build(Nlvr2, replace(config, task=task)).train(), batch(3, full=True)
     found = model(pairs_of_pictures(3), some.tokens, torch.tensor([0, 1, classes - 1]))
     assert found.logits.shape == (3, classes)
     found.loss.backward()
     assert without_gradient(model) == []
     shared = [layer.cross_attn.kv is None for layer in model.text.layers[2:]]
-    assert shared == [False, True, False, True]
+    assert shared == ([False, True, False, True] if config is TWO else [False, False])
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: Nlvr2(replace(ONE, task="nlvr2")), "must be in cross_shared: two_image_text"),
+        (lambda: Entailment(replace(ONE, text=replace(TWIN.text, cross_twin=(0, 1)))), "cross_merged must be among"),
+        (lambda: Nlvr2(replace(TWIN, text=replace(BLIP.text, cross_twin=(0, 1)))), "them in cross_twin"),
         (lambda: Nlvr2(replace(TWO, task="entailment")), "unknown task 'entailment'"),
         (lambda: Entailment(replace(ONE, task="entailed")), "did you mean 'entailment'"),
         (lambda: Entailment(replace(ONE, text=replace(ALBEF.text, cross_shared=(2,)))), r"cross_shared \[2\]"),

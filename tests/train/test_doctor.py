@@ -104,6 +104,22 @@ def test_itm_chance_of_an_albef_without_a_contrast() -> None:
     assert names(stuck) == ["wrong: itm at chance"]
 
 
+def test_words_at_chance() -> None:
+    """Word frequencies alone bring the loss well below an even chance; a run without LM says nothing of it."""
+    config = CONFIG | {"model": {"text": {"vocab_size": 30524}, "logit_scale_max": 100.0}}
+    (finding,) = diagnose(made(lambda s, d: {"lm": 10.2}, config=config))
+    assert (finding.level, finding.name) == ("wrong", "lm at chance") and "ln(30524) = 10.326" in finding.evidence
+    assert names(made(lambda s, d: {"lm": 10.3 - 5 * d}, config=config)) == []
+    assert names(made(config=config)) == []
+
+
+def test_a_captioner_over_fits_by_the_words_it_foresees() -> None:
+    run = made(recall=lambda done: 0.4 - 0.3 * abs(done - 0.4))
+    lines = [{("lm_accuracy" if name == "recall" else name): v for name, v in line.items()} for line in run.lines]
+    (finding,) = diagnose(replace(run, lines=lines))
+    assert finding.name == "over-fitting" and "lm_accuracy 0." in finding.evidence
+
+
 def test_a_young_run_is_only_watched() -> None:
     run = made(lambda s, d: {"itm": THIRD, "itm_accuracy": 0.667, "itc": math.log(1024)})
     young = replace(run, lines=[{**line, "step": line["step"] // 10} for line in run.lines], planned=0)

@@ -21,7 +21,8 @@ DEC, ENC = 30522, 30523
 class Reference(nn.Module):
     """Student and teacher in official names; encoder and decoder share all but self-attention, or nothing, or all."""
 
-    def __init__(self, sharing: str = "all_but_self_attention") -> None:
+    def __init__(self, sharing: str = "all_but_self_attention", source: int = SIZES["image"]) -> None:
+        """source: width of what the decoder looks at."""
         super().__init__()
         width = SIZES["text"]
         config = BlipTextConfig(
@@ -39,7 +40,8 @@ class Reference(nn.Module):
             setattr(self, f"vision_proj{end}", nn.Linear(SIZES["image"], SPACE))
             setattr(self, f"text_proj{end}", nn.Linear(width, SPACE))
         self.itm_head = nn.Linear(width, 2)
-        self.text_decoder = BlipTextLMHeadModel(config)
+        speaking = BlipTextConfig(**(config.to_dict() | {"encoder_hidden_size": source}))
+        self.text_decoder = BlipTextLMHeadModel(speaking)
         self.temp = nn.Parameter(torch.tensor(0.05))
         self.sharing = sharing
 
@@ -74,6 +76,11 @@ class Reference(nn.Module):
         said = self.text_decoder(input_ids=begun[DEC], attention_mask=mask, encoder_hidden_states=image).logits
         return found | {"itm": self.itm_head(fused[:, 0]), "lm": said}
 
+    def answers(self, pixels: Tensor, questions: Any, answers: Any) -> Tensor:
+        """Logits of answers to questions, by a decoder that looks at the question's states."""
+        image = self.visual_encoder.forward_features(pixels)
+        return answer_logits(self.text_encoder, self.text_decoder, image, questions, answers)
+
     def checkpoint(self) -> dict[str, Tensor]:
         """Everything that the official pre-training file holds, queue and numbered positions included."""
         generator = torch.Generator().manual_seed(9)
@@ -84,10 +91,23 @@ class Reference(nn.Module):
         return {name: value.clone() for name, value in self.state_dict().items()} | extra
 
 
-def reference(seed: int = 0, sharing: str = "all_but_self_attention") -> Reference:
+def answer_logits(encoder: Any, decoder: Any, image: Tensor, questions: Any, answers: Any) -> Tensor:
+    """Each question alone, without padding: transformers' cross-attention looks at padding, the official doesn't."""
+    rows = []
+    for row in range(len(image)):
+        ids, said = questions.input_ids[row : row + 1].clone(), answers.input_ids[row : row + 1].clone()
+        ids[:, 0], said[:, 0] = ENC, DEC
+        ids = ids[:, : int(questions.attention_mask[row].sum())]
+        question = encoder(input_ids=ids, encoder_hidden_states=image[row : row + 1]).last_hidden_state
+        mask = answers.attention_mask[row : row + 1]
+        rows.append(decoder(input_ids=said, attention_mask=mask, encoder_hidden_states=question).logits)
+    return torch.cat(rows)
+
+
+def reference(seed: int = 0, sharing: str = "all_but_self_attention", source: int = SIZES["image"]) -> Reference:
     """A small one in which every tensor is random and different, but for what is shared."""
     torch.manual_seed(seed)
-    model = Reference(sharing)
+    model = Reference(sharing, source)
     scrambled(model, seed)
     with torch.no_grad():
         for name, gain in model.named_parameters():

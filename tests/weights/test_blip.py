@@ -148,6 +148,27 @@ def test_fine_tuned_files_have_the_heads_that_they_hold(theirs, path, tmp_path):
         assert all(torch.equal(again[name], value) for name, value in stored.items())
 
 
+@torch.no_grad()
+def test_question_answering_has_a_decoder_of_its_own(tmp_path):
+    """The official names: encoder and decoder side by side, without a space for features; both ways."""
+    theirs = reference(3, "none", source=SIZES["text"])
+    tensors = only(theirs.checkpoint(), "visual_encoder", "text_encoder", "text_decoder")
+    model = vlm.load(saved(tensors, tmp_path / "vqa.pth"), device="cpu")
+    assert (model.family, model.network.config.enc_id, model.network.config.dec_id) == ("vqa", ENC, DEC)
+    pixels, tokens = inputs()
+    answers = wordpiece(max_length=POSITIONS)(["yes", "two of them", "red"])
+    found = model.network.answer_logits(*model.network.question_states(pixels, tokens), answers)
+    wanted = theirs.answers(pixels, tokens, answers)
+    real = answers.attention_mask.bool()
+    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-4)
+    assert (wanted[0, 0] - wanted[1, 0]).abs().max() > 1e-2
+    with pytest.raises(WeightsError, match="image and text are 192 and 128 wide"):
+        export_official(model, tmp_path / "again.pth")
+    with pytest.raises(WeightsError, match=r"no vqa head, no tensor text_decoder\.cls"):
+        left = {name: value for name, value in tensors.items() if "cls" not in name}
+        vlm.load(saved(left, tmp_path / "headless.pth"))
+
+
 def test_retrieval_files_also_hold_the_numbers_of_pictures(theirs, path, tmp_path):
     tensors = read_tensors(path)
     tensors["ptr_queue"] = tensors.pop("queue_ptr")
@@ -164,7 +185,7 @@ def test_retrieval_files_also_hold_the_numbers_of_pictures(theirs, path, tmp_pat
             ("visual_encoder", "text_encoder", "itm_head"),
             "text_encoder without the itc head, no tensor vision_proj.wei",
         ),
-        (("visual_encoder", "text_encoder", "text_decoder"), "text_encoder without the itc head"),
+        (("visual_encoder", "text_encoder"), "text_encoder without the itc head"),
         (("visual_encoder", "text_decoder", "itm_head"), "an itm head without the itc head"),
     ],
 )

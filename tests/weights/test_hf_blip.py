@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import vlm
-from tests.weights.blip_reference import DEC, ENC, POSITIONS, SIZES, reference
+from tests.weights.blip_reference import DEC, ENC, POSITIONS, SIZES, answer_logits, reference
 from tests.weights.made import scrambled
 from vlm.apps.cli import app
 from vlm.data.tokenizers import wordpiece
@@ -21,6 +21,7 @@ from vlm.weights.rules import to_ours
 
 TEXTS = ["a cat", "two dogs in a wood, late at night", "a red house"]
 CAPTION, MATCH = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
+VQA = "BlipForQuestionAnswering"
 
 
 def settings(**text):
@@ -65,6 +66,14 @@ def matcher(tmp_path_factory):
     return model, folder
 
 
+@pytest.fixture(scope="module")
+def answerer(tmp_path_factory):
+    """Image and text are equally wide: transformers' decoder looks at a question of the image's width."""
+    model, folder = made(VQA, hidden_size=SIZES["image"], num_attention_heads=3), tmp_path_factory.mktemp("vqa")
+    model.save_pretrained(folder)
+    return model, folder
+
+
 def inputs():
     side = SIZES["image_size"]
     pixels = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
@@ -97,6 +106,45 @@ def check_matches(model, theirs):
     close(model.network.match(pixels, tokens), wanted)
     wanted = theirs(input_ids=tokens.input_ids, pixel_values=pixels, attention_mask=mask, use_itm_head=False).itm_score
     close(model.encode_image(pixels) @ model.encode_text(tokens).T, wanted)
+
+
+@torch.no_grad()
+def check_answers(model, theirs):
+    pixels, tokens = inputs()
+    answers = wordpiece(max_length=POSITIONS)(["two", "a dog", "red and white"])
+    image = theirs.vision_model(pixel_values=pixels).last_hidden_state
+    logits = answer_logits(theirs.text_encoder, theirs.text_decoder, image, tokens, answers)
+    found = model.network.answer_logits(*model.network.question_states(pixels, tokens), answers)
+    real = answers.attention_mask.bool()
+    close(found[real], logits[real])
+
+
+def test_question_answering_gives_the_same_numbers(answerer):
+    theirs, folder = answerer
+    model = vlm.load(folder, device="cpu")
+    check_answers(model, theirs)
+    config = model.network.config
+    assert (model.family, config.enc_id, config.dec_id) == ("vqa", ENC, DEC)
+    with pytest.raises(MissingVerbError, match="vqa model and has no match"):
+        model.match(*inputs())
+
+
+@torch.no_grad()
+def test_answers_are_written_alike(answerer):
+    """Token by token as transformers generates greedily; questions of one length, since it also looks at padding."""
+    theirs, folder = answerer
+    model = vlm.load(folder, device="cpu")
+    pixels, _ = inputs()
+    tokens = model.tokens(["how many cats", "what colour is", "who is that"])
+    assert bool(tokens.attention_mask.all())
+    wanted = theirs.generate(input_ids=begun(tokens, ENC), pixel_values=pixels, max_new_tokens=6, num_beams=1)
+    question, mask = model.network.question_states(pixels, tokens)
+    ids = torch.full((3, 1), DEC)
+    for place in range(1, wanted.shape[1]):
+        best = model.network.answer_step(ids, question=question, mask=mask).argmax(dim=1)
+        going = (ids != model.tokenizer.end_id).all(dim=1)
+        assert torch.equal(best[going], wanted[going, place])
+        ids = torch.cat([ids, best[:, None]], dim=1)
 
 
 def test_a_captioner_gives_the_same_numbers(captioner):
@@ -136,11 +184,11 @@ def test_pictures_are_preprocessed_alike(captioner, tmp_path):
     assert (loaded.pixels(picture) - wanted).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("name", [CAPTION, MATCH])
+@pytest.mark.parametrize("name", [CAPTION, MATCH, VQA])
 def test_export_gives_the_folder_back(name, request, tmp_path):
     import transformers
 
-    theirs, folder = request.getfixturevalue("captioner" if name == CAPTION else "matcher")
+    theirs, folder = request.getfixturevalue({CAPTION: "captioner", MATCH: "matcher", VQA: "answerer"}[name])
     model = vlm.load(folder, device="cpu")
     export_hf(model, tmp_path / "out")
     again, report = getattr(transformers, name).from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -148,7 +196,7 @@ def test_export_gives_the_folder_back(name, request, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [name]
     before, after = theirs.state_dict(), again.state_dict()
     assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
-    check = check_captions if name == CAPTION else check_matches
+    check = {CAPTION: check_captions, MATCH: check_matches, VQA: check_answers}[name]
     check(vlm.load(tmp_path / "out", device="cpu"), again.eval())
     processor = transformers.BlipProcessor.from_pretrained(tmp_path / "out")
     assert torch.equal(processor(text=TEXTS, padding=True, return_tensors="pt").input_ids, inputs()[1].input_ids)
@@ -205,6 +253,7 @@ def test_a_captioner_without_a_tensor_is_refused(captioner, tmp_path, gone, mess
     ("change", "message"),
     [
         ({"architectures": [MATCH]}, f"{MATCH} needs the itc head, but no tensor vision_proj.weight is there"),
+        ({"architectures": [VQA]}, r"missing: text_encoder\.embeddings"),
         ({"architectures": ["BlipModel"]}, "BlipModel isn't known; expected one of BlipForImageTextRetrieval"),
         ({"vision_config": {"image_size": [32, 16]}}, "image_size .* expected a square"),
         ({"text_config": {"hidden_act": "relu"}}, "hidden_act 'relu': expected one of"),

@@ -16,7 +16,9 @@ from tests.weights.test_stages import ALBEF, IMAGE, TEXT, albef_folder, begun, c
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
+from vlm.models.albef_heads import ClassifierConfig, Nlvr2, med_two_image_text
 from vlm.models.blip import SHARING, Blip, BlipConfig
+from vlm.models.vqa import Vqa, VqaConfig, med_answer_decoder
 from vlm.weights.files import save_model
 
 CLS = 101
@@ -115,6 +117,35 @@ def test_a_whole_goes_on_from_a_whole(tmp_path: Path, sharing: Any) -> None:
     whole = blip_folder(tmp_path / "blip", replace(BLIP, sharing=sharing)).state_dict()
     _, after = begun(fresh(replace(BLIP, sharing=sharing)), tmp_path / "blip")
     assert all(torch.equal(value, whole[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_vqa_reads_as_the_encoder_and_answers_as_the_decoder(tmp_path: Path, sharing: Any) -> None:
+    """Question states are wider than image states here, so their keys and values begin afresh."""
+    whole = blip_folder(tmp_path / "blip", replace(BLIP, sharing=sharing))
+    theirs = whole.state_dict()
+    config = VqaConfig(IMAGE, MED, med_answer_decoder(MED), enc_id=30523, dec_id=30522)
+    torch.manual_seed(3)
+    network = Vqa(config).eval()
+    before, after = begun(network, tmp_path / "blip")
+    assert all(torch.equal(after[n], theirs[n]) for n in after if n.startswith(("image.", "text.")))
+    assert all(torch.equal(after[n], theirs[n.replace("answer_", "lm_")]) for n in after if n.startswith("answer_"))
+    captioner = fresh(replace(BLIP, heads=("lm",)))
+    begun(captioner, tmp_path / "blip")
+    for name, value in captioner.state_dict().items():
+        if name.startswith("decoder."):
+            assert torch.equal(after[name], before[name] if ".cross_attn.kv.w" in name else value), name
+
+
+def test_nlvr2_looks_at_both_images_as_blip_did_at_one(tmp_path: Path) -> None:
+    theirs = blip_folder(tmp_path / "blip", BLIP).state_dict()
+    network = Nlvr2(ClassifierConfig(IMAGE, med_two_image_text(MED), "nlvr2", enc_id=30523))
+    before, after = begun(network, tmp_path / "blip")
+    for name, value in after.items():
+        wanted = theirs.get(name.replace(".cross_other.", ".cross_attn."), before[name])
+        assert torch.equal(value, wanted), name
+    assert {n.split(".")[0] for n, v in after.items() if torch.equal(v, before[n])} == {"text", "nlvr2_head"}
+    assert all("cross_merge" in n for n, v in after.items() if n.startswith("text") and torch.equal(v, before[n]))
 
 
 @pytest.mark.parametrize("heads", [("itc", "itm", "lm"), ("lm",), ("itc", "itm")])

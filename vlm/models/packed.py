@@ -56,7 +56,8 @@ def pack_linears(network: nn.Module) -> int:
         speaker: Any = network.text if network.decoder is None else network.decoder
         network.lm_head = PackedMlmHead(head, speaker.tokens.weight)
     count = 0
-    for parent in list(network.modules()):
+    # Of the layers themselves no list is kept, so that each one's weight is freed before the next is laid out.
+    for parent in [module for module in network.modules() if type(module) is not nn.Linear]:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and _packable(child.weight):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))

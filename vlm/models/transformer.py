@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from vlm.errors import ConfigError, nearest
 from vlm.models.cache import KeyValues, KVCache
 
+Looked = KeyValues | tuple[KeyValues, KeyValues]
+"""What a layer looks at: one image, or two of them (`TransformerConfig.cross_twin`)."""
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_tanh")
 
 
@@ -53,6 +55,11 @@ class TransformerConfig:
     cross_shared: tuple[int, ...] = ()
     """Those of `cross_layers` without keys and values of their own: they take what the layer before projects, of
     another image (ALBEF's NLVR2, arXiv 2107.07651 §5)."""
+    cross_twin: tuple[int, ...] = ()
+    """Those of `cross_layers` that look at two images, through a cross-attention of its own each, and take the mean
+    of both (BLIP's NLVR2, arXiv 2201.12086 §5.4)."""
+    cross_merged: tuple[int, ...] = ()
+    """Those of `cross_twin` that take a linear map of both instead."""
     self_routes: tuple[str, ...] = ("text",)
     """Self-attentions of each layer, with a norm each; a call names the one it takes."""
     mlp_routes: tuple[str, ...] = ("text",)
@@ -146,6 +153,10 @@ class Layer(nn.Module):
             source, own = config.cross_width, index not in config.cross_shared
             self.cross_attn = Attention(width, config.heads, source_width=source, dropout=drop, projects=own)
             self.cross_norm = nn.LayerNorm(width, eps=config.norm_eps)
+            if index in config.cross_twin:
+                self.cross_other = Attention(width, config.heads, source_width=source, dropout=drop)
+                self.cross_other.kv.runs_alone = True  # type: ignore[assignment, union-attr]
+                self.cross_merge = nn.Linear(2 * width, width) if index in config.cross_merged else None
             if own:  # it runs in `image_states`, before its layer: sharding must know
                 self.cross_attn.kv.runs_alone = True  # type: ignore[assignment, union-attr]
         self.mlp = nn.ModuleDict({r: FeedForward(config) for r in config.mlp_routes})
@@ -157,7 +168,7 @@ class Layer(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
-        image: KeyValues | None = None,
+        image: Looked | None = None,
         image_mask: Tensor | None = None,
         cache: KVCache | None = None,
         route: str = "text",
@@ -187,14 +198,21 @@ class Layer(nn.Module):
         states = attention.keys_values(x)
         return attention(x, states if cache is None else cache.append(self.index, states), mask)
 
-    def _look_at_image(self, x: Tensor, image: KeyValues, mask: Tensor | None) -> Tensor:
+    def _look_at_image(self, x: Tensor, image: Looked, mask: Tensor | None) -> Tensor:
+        cross = cast(Attention, self.cross_attn)
+        if isinstance(image, KeyValues):
+            return self._look(cross, x, image, mask)
+        both = [self._look(one, x, kv, mask) for one, kv in zip((cross, self.cross_other), image, strict=True)]
+        return (both[0] + both[1]) / 2 if self.cross_merge is None else self.cross_merge(torch.cat(both, dim=-1))
+
+    def _look(self, cross: Attention, x: Tensor, image: KeyValues, mask: Tensor | None) -> Tensor:
         # Several texts (beams, candidates) of one image stand in a row: they become more queries of the same
         # keys and values, so that these are never copied.
         images, (batch, length, _) = len(image.keys), x.shape
         if batch % images:
             raise ValueError(f"{batch} texts can't share {images} images evenly; repeat texts or images")
         rows = x.reshape(images, batch // images * length, -1)  # (images, texts * L, D)
-        return self.cross_attn(rows, image, mask).reshape(batch, length, -1)  # type: ignore[misc]
+        return cross(rows, image, mask).reshape(batch, length, -1)
 
 
 class Transformer(nn.Module):
@@ -241,7 +259,7 @@ class Transformer(nn.Module):
         key_mask: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool | None = None,
-        image: Sequence[KeyValues | None] | None = None,
+        image: Sequence[Looked | None] | None = None,
         image_mask: Tensor | None = None,
         cache: KVCache | None = None,
         route: str = "text",
@@ -310,6 +328,8 @@ def _check(config: TransformerConfig) -> None:
     alone = [i for i in config.cross_shared if {i - 1, i} - set(config.cross_layers) or i - 1 in config.cross_shared]
     if alone:
         raise ConfigError(f"cross_shared {alone}: each must be one of cross_layers, behind one that isn't shared")
+    if set(config.cross_merged) - set(config.cross_twin) or set(config.cross_twin) - set(config.cross_layers):
+        raise ConfigError("cross_merged must be among cross_twin, and these among cross_layers")
     if not config.self_routes:
         raise ConfigError("self_routes is empty; name at least one self-attention, such as text")
     if "text" not in config.mlp_routes:

@@ -115,7 +115,7 @@ def _rising(run: Run) -> Finding | None:
 
 
 def _itm_at_chance(run: Run) -> Finding | None:
-    """ALBEF judges one matched and two unmatched pairs a row, ViLT as many of each."""
+    """ALBEF and BLIP judge one matched and two unmatched pairs a row, ViLT as many of each."""
     loss, accuracy = run.end("itm"), run.end("itm_accuracy")
     if loss is None:
         return None
@@ -128,6 +128,16 @@ def _itm_at_chance(run: Run) -> Finding | None:
     evidence += "" if accuracy is None else f"; accuracy {accuracy:.3f}, always 'unmatched' gives {1 - matched:.3f}"
     advice = "start from a trained CLIP stage, raise train.optim.lr, and check that captions belong to their pictures"
     return Finding(run.level, "itm at chance", evidence, advice)
+
+
+def _lm_at_chance(run: Run) -> Finding | None:
+    """A decoder that has learnt how often words come is far below the even chance of the whole vocabulary."""
+    loss, words = run.end("lm"), int(run.setting("vocab_size", 0))
+    if loss is None or words < 2 or loss < (1 - 5 * NEAR) * math.log(words):
+        return None
+    evidence = f"lm {loss:.3f} in the last quarter, ln({words}) = {math.log(words):.3f}: every word is as likely"
+    advice = "the decoder learns nothing: raise train.optim.lr, look at freeze and lr_scale, and read some captions"
+    return Finding(run.level, "lm at chance", evidence, advice)
 
 
 def _itc_at_chance(run: Run) -> Finding | None:
@@ -238,7 +248,8 @@ def _loss_scale(run: Run) -> Finding | None:
 
 def _over_fitting(run: Run) -> Finding | None:
     lines = [line for line in run.lines if line.get("kind") == "evaluate"]
-    name = str(run.setting("best", "") or "recall")
+    retrieves = any("recall" in line for line in lines)  # a captioner has no features to retrieve by
+    name = str(run.setting("best", "") or ("recall" if retrieves else "lm_accuracy"))
     shown = [(int(line["step"]), float(line[name])) for line in lines if name in line]
     if len(shown) < 3:
         return None
@@ -277,7 +288,18 @@ def _unfinished(run: Run) -> Finding | None:
 
 
 CHECKS: tuple[Callable[[Run], Finding | None], ...] = (
-    *(_not_finite, _rising, _itm_at_chance, _itc_at_chance, _temperature, _teacher, _clipped, _warm_up, _slower),
+    *(
+        _not_finite,
+        _rising,
+        _itm_at_chance,
+        _lm_at_chance,
+        _itc_at_chance,
+        _temperature,
+        _teacher,
+        _clipped,
+        _warm_up,
+        _slower,
+    ),
     *(_loss_scale, _over_fitting, _unreadable, _unfinished),
 )
 

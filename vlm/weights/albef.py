@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.weights.keymaps.albef import LEFT_OUT, TEXT, TRAINING, albef_rules, teacher_rules, tied
-from vlm.weights.layout import Layout, image_config, text_config, unfit_towers
+from vlm.weights.layout import IMAGE, Layout, has, image_config, text_config, unfit_towers
 from vlm.weights.rules import refuse
 
 
@@ -27,6 +27,10 @@ def infer_config(tensors: Mapping[str, Tensor], where: str) -> AlbefConfig:
     )
 
 
+def _knows(tensors: Mapping[str, Any]) -> bool:
+    return has(tensors, IMAGE, TEXT.format(""))
+
+
 def _twins(config: Any, suffix: str) -> dict[str, str]:
     return tied(suffix)
 
@@ -40,7 +44,7 @@ def _unfit(config: AlbefConfig) -> dict[str, bool]:
 
 
 ALBEF = Layout(
-    family="albef", title="ALBEF", network=Albef, mark=r"text_encoder\.bert\..*", infer=infer_config, rules=albef_rules,
+    family="albef", title="ALBEF", network=Albef, knows=_knows, infer=infer_config, rules=albef_rules,
     teacher_rules=teacher_rules, twins=_twins, positions=_positions, left_out=LEFT_OUT,
     training=TRAINING, unfit=_unfit,
 )  # fmt: skip

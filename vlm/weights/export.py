@@ -25,7 +25,7 @@ def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
     """
     if model.family == "vilt":
         return export_hf_vilt(model, Path(folder))
-    if model.family == "blip":
+    if model.family in ("blip", "vqa"):
         return export_hf_blip(model, Path(folder))
     network = _clip(model, "transformers' CLIPModel")
     config = network.config

@@ -1,21 +1,22 @@
-"""BLIP from and to ``transformers``: BlipForConditionalGeneration and BlipForImageTextRetrieval."""
+"""BLIP from and to ``transformers``: its classes for captioning, for matching and for question answering."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from vlm.errors import ConfigError, WeightsError
 from vlm.models.blip import Blip, BlipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.blip import ADDED, find_heads, find_sharing, unfit
+from vlm.models.vqa import Vqa, VqaConfig, med_answer_decoder
+from vlm.weights.blip import ADDED, find_heads, find_sharing, is_vqa, unfit, unfit_vqa
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
     ACTS,
@@ -27,19 +28,24 @@ from vlm.weights.hf_parts import (
     read_tokenizer,
     square,
 )
-from vlm.weights.keymaps.blip import LEFT_OUT, MARKS, hf_blip_rules, tied
+from vlm.weights.keymaps.blip import LEFT_OUT, MARKS, hf_blip_rules, hf_vqa_rules, tied, vqa_tied
 from vlm.weights.layout import check_twins, unfit_pools
 from vlm.weights.loaded import VisionLanguageModel, exportable
-from vlm.weights.rules import to_ours, to_theirs
+from vlm.weights.rules import Rule, to_ours, to_theirs
 
-ARCHITECTURES = {"BlipForImageTextRetrieval": ("itc", "itm"), "BlipForConditionalGeneration": ("lm",)}
+ARCHITECTURES = {
+    "BlipForImageTextRetrieval": ("itc", "itm"),
+    "BlipForConditionalGeneration": ("lm",),
+    "BlipForQuestionAnswering": ("vqa",),
+}
 """Classes and the heads that they need."""
+VQA = "BlipForQuestionAnswering"
 
 
 def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:
     """A folder of one of transformers' BLIP classes, or of both, with the heads that it holds.
 
-    [ENC] begins a text that is matched, as in the paper; transformers' retrieval class leaves [CLS] there unless its
+    [ENC] begins a text that is matched, and a question, as in the paper; transformers leaves [CLS] there unless its
     caller puts [ENC]. A captioner has no prompt, as there.
 
     Args:
@@ -54,22 +60,24 @@ def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
     where = name or str(folder)
     tensors = read_weights(folder)
     config = hf_blip_config(settings, tensors, where=where)
+    kind = _kind(config)
     try:
-        network = Blip(config)
+        network: Any = kind.network(config)
     except ConfigError as error:
         raise WeightsError(f"{where}: {error}") from error
-    twins = tied(config)
+    twins = kind.twins(config)
     check_twins(tensors, twins, where=where)
     known = {key: value for key, value in tensors.items() if key not in twins}
-    ours = to_ours(known, hf_blip_rules(config), where=where, left_out=LEFT_OUT)
-    if "itc" in config.heads:  # what only ranks has no temperature there
+    ours = to_ours(known, kind.rules(config), where=where, left_out=LEFT_OUT)
+    if "itc" in _heads(config):  # what only ranks has no temperature there
         ours["log_scale"] = network.log_scale.detach()
     assign(network, ours, where=where)
     tokenizer = read_tokenizer(folder, max_length=config.text.context_length, vocab_size=config.text.vocab_size)
-    return VisionLanguageModel(network, tokenizer, _transform(folder, config), name=name or folder.name, family="blip")
+    transform = _transform(folder, config.image.image_size)
+    return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family=kind.family)
 
 
-def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> BlipConfig:
+def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: str) -> BlipConfig | VqaConfig:
     """Our settings for a BLIP's ``config.json`` and its heads; what it leaves out has transformers' defaults.
 
     Raises WeightsError where our network has no such setting, or the class lacks a head.
@@ -83,7 +91,6 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
         for head in ARCHITECTURES[name]:
             if MARKS[head] not in tensors:
                 raise WeightsError(f"{where}: {name} needs the {head} head, but no tensor {MARKS[head]} is there")
-    found = find_heads(tensors, where)
     try:
         theirs: Any = Theirs.from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError) as error:
@@ -93,22 +100,40 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
         if part.hidden_act not in ACTS:
             raise WeightsError(f"{where}: hidden_act {part.hidden_act!r}: expected one of {', '.join(ACTS)}")
     image_size, patch_size = (square(getattr(image, side), side, where) for side in ("image_size", "patch_size"))
-    config = BlipConfig(
-        image=ViTConfig(
-            image_size=image_size, patch_size=patch_size, width=image.hidden_size, layers=image.num_hidden_layers,
-            heads=image.num_attention_heads, mlp_width=image.intermediate_size,
-            activation=ACTS[image.hidden_act], norm_eps=image.layer_norm_eps,  # type: ignore[arg-type]
-        ),
-        text=TransformerConfig(
-            vocab_size=text.vocab_size, context_length=text.max_position_embeddings, width=text.hidden_size,
-            layers=text.num_hidden_layers, heads=text.num_attention_heads, mlp_width=text.intermediate_size,
-            activation=ACTS[text.hidden_act], norm_eps=text.layer_norm_eps,  # type: ignore[arg-type]
-            cross_layers=tuple(range(text.num_hidden_layers)), cross_width=image.hidden_size,
-        ),
-        heads=found, dec_id=text.bos_token_id, enc_id=text.vocab_size - ADDED + 1,
-        embed_dim=theirs.image_text_hidden_size,
+    view = ViTConfig(
+        image_size=image_size, patch_size=patch_size, width=image.hidden_size, layers=image.num_hidden_layers,
+        heads=image.num_attention_heads, mlp_width=image.intermediate_size,
+        activation=ACTS[image.hidden_act], norm_eps=image.layer_norm_eps,  # type: ignore[arg-type]
     )  # fmt: skip
+    words = TransformerConfig(
+        vocab_size=text.vocab_size, context_length=text.max_position_embeddings, width=text.hidden_size,
+        layers=text.num_hidden_layers, heads=text.num_attention_heads, mlp_width=text.intermediate_size,
+        activation=ACTS[text.hidden_act], norm_eps=text.layer_norm_eps,  # type: ignore[arg-type]
+        cross_layers=tuple(range(text.num_hidden_layers)), cross_width=image.hidden_size,
+    )  # fmt: skip
+    dec, enc = text.bos_token_id, text.vocab_size - ADDED + 1
+    if VQA in (settings.get("architectures") or ()) or is_vqa(tensors):
+        return VqaConfig(view, words, med_answer_decoder(words), enc, dec, BlipConfig.label_smoothing)
+    heads = find_heads(tensors, where)
+    config = BlipConfig(view, words, heads, dec_id=dec, enc_id=enc, embed_dim=theirs.image_text_hidden_size)
     return replace(config, sharing=find_sharing(tensors, config))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a configuration's network is, and how transformers calls its tensors."""
+
+    family: str
+    network: Callable[[Any], nn.Module]
+    rules: Callable[[Any], list[Rule]]
+    twins: Callable[[Any], dict[str, str]]
+    unfit: Callable[[Any], dict[str, bool]]
+
+
+def _kind(config: BlipConfig | VqaConfig) -> _Kind:
+    if isinstance(config, VqaConfig):
+        return _Kind("vqa", Vqa, hf_vqa_rules, vqa_tied, unfit_vqa)
+    return _Kind("blip", Blip, hf_blip_rules, tied, unfit)
 
 
 def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
@@ -118,26 +143,26 @@ def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
     network with all heads each class reads its own, and leaves the others out with a warning. Raises WeightsError
     when they can't hold the network or its preprocessing, or the folder can't be written.
     """
-    kind = str(model.tokenizer.to_dict()["kind"])
+    vocabulary = str(model.tokenizer.to_dict()["kind"])
 
-    def reasons(network: Blip) -> dict[str, bool]:
+    def reasons(network: Any) -> dict[str, bool]:
         config = network.config
-        return unfit_pools(config) | unfit(config) | {
-            "it has no itm head": "itc" in config.heads and "itm" not in config.heads,
+        return unfit_pools(config) | _kind(config).unfit(config) | {
+            "it has no itm head": _heads(config) == ("itc",),
             "its text tower is pre-norm": config.text.norm != "post",
             "it has token types": bool(config.text.token_types),
             "its image tower has a norm before the first layer": config.image.pre_norm,
             f"its pictures are preprocessed by {model.transform.resize!r}, not squash": (
                 model.transform.resize != "squash"
             ),
-            f"its tokenizer is {kind!r}, not wordpiece": kind != "wordpiece",
+            f"its tokenizer is {vocabulary!r}, not wordpiece": vocabulary != "wordpiece",
         }  # fmt: skip
 
-    network: Blip = exportable(model, Blip, "transformers' BLIP", reasons)
-    config = network.config
-    tensors = to_theirs(network.state_dict(), hf_blip_rules(config))
+    network: Any = exportable(model, (Blip, Vqa), "transformers' BLIP", reasons)
+    config, kind = network.config, _kind(network.config)
+    tensors = to_theirs(network.state_dict(), kind.rules(config))
     # Shared tensors once more under the decoder's names; safetensors refuses two names of one memory.
-    tensors |= {copy: tensors[kept].clone() for copy, kept in tied(config).items()}
+    tensors |= {copy: tensors[kept].clone() for copy, kept in kind.twins(config).items()}
 
     def fill(target: Path) -> None:
         save_file({name: value.cpu() for name, value in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
@@ -150,9 +175,13 @@ def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
     return folder
 
 
-def _transform(folder: Path, config: BlipConfig) -> ImageTransform:
+def _heads(config: BlipConfig | VqaConfig) -> tuple[str, ...]:
+    return ("vqa",) if isinstance(config, VqaConfig) else config.heads
+
+
+def _transform(folder: Path, side: int) -> ImageTransform:
     settings = read_preprocessor(folder)
-    size = settings.get("size", {"height": config.image.image_size, "width": config.image.image_size})
+    size = settings.get("size", {"height": side, "width": side})
     if not isinstance(size, Mapping) or size.get("height") != size.get("width") or "height" not in size:
         raise WeightsError(f"{folder}: pictures of size {size}, expected a square")
     return ImageTransform(
@@ -164,7 +193,7 @@ def _transform(folder: Path, config: BlipConfig) -> ImageTransform:
     )
 
 
-def _hf_config(config: BlipConfig) -> dict[str, Any]:
+def _hf_config(config: BlipConfig | VqaConfig) -> dict[str, Any]:
     from transformers import BlipConfig as Theirs
 
     image, text = config.image, config.text
@@ -180,9 +209,9 @@ def _hf_config(config: BlipConfig) -> dict[str, Any]:
             "max_position_embeddings": text.context_length, "hidden_act": activation_name(text.activation),
             "layer_norm_eps": text.norm_eps, "bos_token_id": config.dec_id,
         },
-        image_text_hidden_size=config.embed_dim,
+        image_text_hidden_size=getattr(config, "embed_dim", 256),  # of no use without an itc head
     )  # fmt: skip
-    names = [name for name, needed in ARCHITECTURES.items() if set(needed) <= set(config.heads)]
+    names = [name for name, needed in ARCHITECTURES.items() if set(needed) <= set(_heads(config))]
     found: dict[str, Any] = theirs.to_dict()
     return found | {"architectures": names[-1:]}
 

@@ -29,8 +29,8 @@ class Layout:
     """Name in messages."""
     network: Callable[[Any], nn.Module]
     """Configuration to network."""
-    mark: str
-    """Pattern of a name that stands beside an image encoder in this family's files alone."""
+    knows: Callable[[Mapping[str, Any]], bool]
+    """Whether names of tensors are this family's."""
     infer: Callable[[Mapping[str, Tensor], str], Any]
     """Tensors, and where they are from, to a configuration; raises WeightsError naming what is missing."""
     rules: Callable[[Any], list[Rule]]
@@ -48,10 +48,10 @@ class Layout:
     unfit: Callable[[Any], Mapping[str, bool]]
     """Configuration to reasons why the official code can't hold the network, and whether they are so."""
 
-    def knows(self, tensors: Mapping[str, Any]) -> bool:
-        """Whether names are this family's."""
-        image, text = re.compile(rf"{IMAGE}\..*"), re.compile(self.mark)
-        return all(any(mark.fullmatch(name) for name in tensors) for mark in (image, text))
+
+def has(tensors: Mapping[str, Any], *parts: str) -> bool:
+    """Whether each of these parts, which names begin with, is there."""
+    return all(any(name.startswith(f"{part}.") for name in tensors) for part in parts)
 
 
 def image_config(tensors: Mapping[str, Tensor], *, where: str) -> ViTConfig:
@@ -97,7 +97,10 @@ def heads(width: int, where: str) -> int:
 
 
 def unfit_towers(config: Any, *, types: bool) -> dict[str, bool]:
-    """Reasons why the official towers can't hold ours, and whether they are so; types: whether theirs have some."""
+    """Reasons why the official towers can't hold ours, and whether they are so.
+
+    types: whether their text towers have token types.
+    """
     text, image = config.text, config.image
     return unfit_pools(config) | {
         "its text tower is pre-norm": text.norm != "post",
@@ -111,7 +114,7 @@ def unfit_towers(config: Any, *, types: bool) -> dict[str, bool]:
 
 def unfit_pools(config: Any) -> dict[str, bool]:
     """Reasons why the features can't be held, and whether they are so; a network without an itc head has none."""
-    if "itc" not in getattr(config, "heads", ("itc",)):
+    if not hasattr(config, "image_pool") or "itc" not in getattr(config, "heads", ("itc",)):
         return {}
     return {
         "its image feature is a mean over patches": config.image_pool != "cls",

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
 from vlm.files import write_file
 from vlm.weights.albef import ALBEF
-from vlm.weights.blip import BLIP
+from vlm.weights.blip import BLIP, BLIP_VQA
 from vlm.weights.files import assign, read_tensors
 from vlm.weights.layout import IMAGE, Layout, check_twins
 from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import refuse, to_ours, to_theirs
 
-LAYOUTS = (ALBEF, BLIP)
+LAYOUTS = (ALBEF, BLIP_VQA, BLIP)  # question answering first: its names are some of pre-training's
 TEMPERATURE = "temp"
 """Scalar; the inverse of our logit scale."""
 QUEUE = {"image": "image_queue", "text": "text_queue"}
@@ -103,10 +103,10 @@ def export_official(model: VisionLanguageModel, path: Path | str, *, training: T
     """
     layout = next((one for one in LAYOUTS if one.family == model.family), None)
     if layout is None:
-        titles = " and ".join(one.title for one in LAYOUTS)
+        titles = ", ".join(one.title for one in LAYOUTS)
         raise WeightsError(f"{model.name} is a {model.family} model; only {titles} have an official file of this kind")
     network: Any = exportable(
-        model, layout.network, f"an official {layout.title} checkpoint", lambda network: layout.unfit(network.config)
+        model, nn.Module, f"an official {layout.title} checkpoint", lambda network: layout.unfit(network.config)
     )
     ours, config = network.state_dict(), network.config
     tensors = to_theirs(ours, layout.rules(config))

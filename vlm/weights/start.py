@@ -143,8 +143,9 @@ def start_parts(network: nn.Module, given: Mapping[str, Tensor], *, where: str, 
 
 
 def _is_med(network: nn.Module) -> bool:
-    """Whether a network says texts itself, from a start token of its own: BLIP and what is made of it."""
-    return getattr(getattr(network, "config", None), "dec_id", None) is not None
+    """Whether a network has start tokens of its own: BLIP and what is made of it."""
+    config = getattr(network, "config", None)
+    return any(getattr(config, name, None) is not None for name in ("enc_id", "dec_id"))
 
 
 def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int | None, where: str) -> dict[str, Tensor]:

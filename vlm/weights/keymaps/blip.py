@@ -9,13 +9,14 @@ import re
 
 from vlm.models.blip import BlipConfig
 from vlm.models.vit import ViTConfig
+from vlm.models.vqa import VqaConfig
 from vlm.weights.keymaps.bert import bert_rules, mlm_head_rules, route_rules, tied_head
 from vlm.weights.keymaps.clip import Names, image_layer
 from vlm.weights.keymaps.vit import vit_rules
 from vlm.weights.rules import Rule, both, same, within
 
 ENCODER, DECODER, HEAD = "text_encoder", "text_decoder.bert", "text_decoder.cls.predictions"
-MARKS = {"itc": "vision_proj.weight", "itm": "itm_head.weight", "lm": f"{HEAD}.bias"}
+MARKS = {"itc": "vision_proj.weight", "itm": "itm_head.weight", "lm": f"{HEAD}.bias", "vqa": f"{HEAD}.bias"}
 """A tensor of each head."""
 LEFT_OUT = (r"(text_encoder(_m)?|text_decoder\.bert)\.embeddings\.position_ids", r"vision_model\..*\.position_ids")
 TRAINING = (
@@ -49,6 +50,21 @@ def teacher_rules(config: BlipConfig) -> list[Rule]:
     ]
 
 
+def vqa_rules(config: VqaConfig) -> list[Rule]:
+    """Rules for the official network of question answering; question encoder and answer decoder share nothing."""
+    return [*within("image", vit_rules(config.image, prefix="visual_encoder.")), *_vqa_text(config)]
+
+
+def hf_vqa_rules(config: VqaConfig) -> list[Rule]:
+    """Rules for transformers' BlipForQuestionAnswering."""
+    return [*_hf_image(config.image), *_vqa_text(config)]
+
+
+def vqa_tied(config: VqaConfig) -> dict[str, str]:
+    """Names that are stored twice, and the name of the same tensor that is read."""
+    return tied_head(HEAD, DECODER)
+
+
 def tied(config: BlipConfig) -> dict[str, str]:
     """Names that are stored twice, and the name of the same tensor that is read."""
     twins = tied_head(HEAD, DECODER) if "lm" in config.heads else {}
@@ -73,6 +89,14 @@ def is_self_attention(name: str) -> bool:
 def apart(config: BlipConfig) -> bool:
     """Whether the decoder is a transformer of its own."""
     return config.sharing == "none" or "itc" not in config.heads
+
+
+def _vqa_text(config: VqaConfig) -> list[Rule]:
+    return [
+        *within("text", bert_rules(config.text, prefix=f"{ENCODER}.")),
+        *within("decoder", bert_rules(config.decoder, prefix=f"{DECODER}.")),
+        *mlm_head_rules("answer_head", HEAD),
+    ]
 
 
 def _text_rules(config: BlipConfig) -> list[Rule]:

@@ -10,7 +10,7 @@ from vlm.errors import WeightsError
 from vlm.models.transformer import TransformerConfig
 
 _LAYER = re.compile(r"(text|decoder)\.layers\.(\d+)\.(.*)")
-FRESH = r"(text|decoder)\.layers\.\d+\.cross_(attn|norm)\..*"
+FRESH = r"(text|decoder)\.layers\.\d+\.cross_(attn|norm|merge)\..*"
 """Tensors that an earlier stage needn't have: what a text looks at images with."""
 
 
@@ -119,4 +119,6 @@ def med_sources(name: str) -> list[str]:
         return [name, f"text.{routed}", f"text.{rest}"]
     if part == "text" and plain != rest:
         return [name, f"decoder.{plain}", f"text.{plain}"]
+    if ".cross_other." in name:  # two images are looked at as one was
+        return [name, name.replace(".cross_other.", ".cross_attn.")]
     return [name]
