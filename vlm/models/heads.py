@@ -24,6 +24,9 @@ class Prediction:
     loss: Tensor | None = None
     """Scalar: the mean over rows; over questions for VQA."""
 
+FEW = 4
+"""Rows up to which MKL takes the embedding from the left twice as fast (measured on an EPYC, width 768)."""
+
 
 class ClassifierHead(nn.Module):
     """Classes of a pooled pair: linear, norm, GELU, linear (ViLT's VQA and NLVR2 heads)."""
@@ -54,7 +57,12 @@ class MlmHead(nn.Module):
 
     def forward(self, states: Tensor, embedding: Tensor) -> Tensor:
         """Map (..., D) states to (..., V) logits; `embedding` is the (V, D) token embedding."""
-        return F.linear(self.norm(self.act(self.dense(states))), embedding, self.bias)
+        hidden = self.norm(self.act(self.dense(states)))
+        rows = hidden.numel() // hidden.shape[-1]
+        if torch.is_grad_enabled() or rows > FEW or hidden.device.type != "cpu":
+            return F.linear(hidden, embedding, self.bias)
+        logits = (embedding @ hidden.reshape(rows, -1).T).T + self.bias  # (rows, V)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
 
 def fused_states(
