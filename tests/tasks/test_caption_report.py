@@ -59,7 +59,7 @@ def test_pictures_of_one_group_are_drawn_together():
         assert grouped[name].high - grouped[name].low > 1.5 * (alone[name].high - alone[name].low), name
 
 
-@pytest.mark.parametrize("plain", ["pictures/{}", "{}", "shot.{}"])
+@pytest.mark.parametrize("plain", ["pictures/{}", "{}", "data/x-0.tar.gz:{}", "shot.{}"])
 def test_names_match_whole_or_without_folder_and_ending(plain):
     own = {plain.format(key): text for key, text in OWN.items()}
     if plain == "shot.{}":
@@ -67,7 +67,10 @@ def test_names_match_whole_or_without_folder_and_ending(plain):
             evaluate_captions(own, REFERENCES)
         return
     assert evaluate_captions(own, REFERENCES, draws=10).figures["BLEU-1"].count == 4
-    stems = {key.split(".")[0]: text for key, text in own.items()}
+    if ":" in plain:
+        keys = References("keys", {key.split(".")[0]: texts for key, texts in TEXTS.items()})
+        assert len(evaluate_captions(own, keys, draws=10).pictures) == 4
+    stems = {key.split(".")[0]: text for key, text in OWN.items()}
     assert evaluate_captions(stems, REFERENCES, draws=10).figures["BLEU-1"].count == 4
 
 
@@ -110,6 +113,12 @@ def test_references_without_words_don_t_count():
 def test_files_of_any_kind(tmp_path):
     rows = jsonl(tmp_path / "own.jsonl", [{"image": "./p/a.png", "captions": ["a cat", "cat"]}, {"key": 7, "text": ""}])
     assert read_predictions(rows) == ({"p/a.png": "a cat", "7": ""}, 1)
+    found = [{"caption": "a cat", "score": -0.5}, {"caption": "cat"}]
+    assert read_predictions(jsonl(tmp_path / "own.jsonl", [{"path": "a.png", "captions": found}])) == (
+        {"a.png": "a cat"}, 1,
+    )  # fmt: skip
+    (tmp_path / "own.csv").write_text("path,rank,caption,score\na.png,1,a cat,\na.png,2,cat,\nb.png,1,a dog,\n")
+    assert read_predictions(tmp_path / "own.csv") == ({"a.png": "a cat", "b.png": "a dog"}, 1)
     (tmp_path / "own.csv").write_text('file,caption\na.png,"a, b"\nb.png,\n')
     assert read_predictions(tmp_path / "own.csv") == ({"a.png": "a, b", "b.png": ""}, 0)
     (tmp_path / "refs.csv").write_text("image,caption\na.png,one\nb.png,two\na.png,three\n")
@@ -147,6 +156,19 @@ def test_command(tmp_path):
     assert [json.loads(line)["image"] for line in lines] == list(TEXTS)
     run = CliRunner().invoke(app, ["eval", "captions", str(own)])
     assert isinstance(run.exception, ConfigError) and "either --references FILE or --data DATA" in str(run.exception)
+
+
+def test_what_vlm_caption_writes_is_read(tmp_path):
+    from vlm.apps.caption_files import rendered
+
+    rows = [
+        {"path": f"x.tar:{key}", "captions": [{"caption": text, "score": -1.0}, {"caption": "more"}]}
+        for key, text in OWN.items()
+    ]
+    for form in ("jsonl", "csv"):
+        (tmp_path / f"own.{form}").write_text("".join(rendered(rows, form, header=True)))
+        own, further = read_predictions(tmp_path / f"own.{form}")
+        assert further == 4 and len(evaluate_captions(own, REFERENCES, draws=10).pictures) == 4
 
 
 def test_command_against_the_data_s_own_captions(tmp_path):

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vlm
 from tests.weights.blip_reference import DEC, ENC, POSITIONS, SIZES, Reference, reference
 from tests.weights.facts import official
+from vlm.apps.cli import app
 from vlm.data.tokenizers import wordpiece
 from vlm.errors import MissingVerbError, WeightsError
 from vlm.models.blip import Blip, BlipConfig
@@ -124,6 +126,15 @@ def test_export_gives_the_file_back(path, tmp_path):
     for name, value in before.items():
         assert again[name].dtype == value.dtype and again[name].shape == value.shape, name
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=0)
+
+
+def test_export_by_the_command(path, tmp_path):
+    out = tmp_path / "again.pth"
+    run = CliRunner().invoke(app, ["export", "--model", str(path), "--to", "official", "--out", str(out)])
+    assert run.exit_code == 0, run.output
+    before, again = read_tensors(path), read_tensors(out)
+    assert set(again) == {name for name in before if "_m." not in name and "queue" not in name}
+    assert all(torch.equal(value, before[name]) for name, value in again.items() if name != "temp")
 
 
 def test_fine_tuned_files_have_the_heads_that_they_hold(theirs, path, tmp_path):

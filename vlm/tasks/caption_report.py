@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -63,8 +64,9 @@ class CaptionReport:
 def read_predictions(path: Path) -> tuple[dict[str, str], int]:
     """The caption of each picture, from JSON lines or a table, and how many further captions it had.
 
-    A picture's name stands under ``image``, ``file``, ``key`` or the like, its caption under ``caption`` or ``text``;
-    of a list under ``captions`` the first counts, as in what `vlm caption` writes. A caption may be empty. Raises
+    A picture's name stands under ``image``, ``path``, ``key`` or the like, its caption under ``caption`` or ``text``;
+    of several, as `vlm caption` writes them, the first counts: of a list under ``captions``, of texts or of objects
+    with a ``caption``, and of rows with a ``rank`` that of rank 1, which comes first. A caption may be empty. Raises
     DataError naming the row where a picture comes twice or a row can't be read.
     """
     captions: dict[str, str] = {}
@@ -72,9 +74,12 @@ def read_predictions(path: Path) -> tuple[dict[str, str], int]:
     further, problems = 0, Problems()
     for number, row in table_rows(_table(path), problems, names=NAMES):
         name = _name(row, path, number)
-        if name in seen:
-            raise DataError(f"{path}, row {number}: {name} has a caption in row {seen[name]} already; keep one")
         texts = _texts(row, path, number)
+        if name in seen:
+            if str(row.get("rank", "1")) == "1":
+                raise DataError(f"{path}, row {number}: {name} has a caption in row {seen[name]} already; keep one")
+            further += 1
+            continue
         captions[name], seen[name] = next(iter(texts), ""), number
         further += max(0, len(texts) - 1)
     _check(problems, path)
@@ -117,9 +122,10 @@ def evaluate_captions(
 ) -> CaptionReport:
     """BLEU-1 to 4, ROUGE-L and CIDEr-D of captions, with 95 % bootstrap intervals.
 
-    Names are matched as they are, else as file names, else without folder and ending: by the first of these that
-    matches the most pictures and tells all apart. CIDEr-D's weights are those of the pictures that are scored, also
-    inside the bootstrap; it is left out for a single picture.
+    Names are matched as they are, else as in a shard (``SHARD.tar:KEY.png``) with or without ending, else as file
+    names with or without ending: by the first of these that matches the most pictures and tells all apart.
+    CIDEr-D's weights are those of the pictures that are scored, also inside the bootstrap; it is left out for a
+    single picture.
 
     Args:
         predictions: by picture, one caption each.
@@ -188,10 +194,21 @@ def _figures(
     return figures, scores
 
 
+_SHARD = re.compile(r"^.*\.(?:tar|tgz|tar\.gz):")
+_NAMINGS: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: _SHARD.sub("", name),
+    lambda name: str(PurePosixPath(_SHARD.sub("", name)).with_suffix("")),
+    lambda name: PurePosixPath(name).name,
+    lambda name: PurePosixPath(name).stem,
+)
+"""How pictures may be called in both: as they are, inside a shard, and that without ending, as keys are; by file."""
+
+
 def _match(predictions: Mapping[str, str], references: References) -> dict[str, str]:
     """Captions by the references' names."""
     found: dict[str, str] = {}
-    for plain in (lambda name: name, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem):
+    for plain in _NAMINGS:
         theirs = {plain(key): key for key in references.captions}
         ours = {plain(key): text for key, text in predictions.items()}
         if len(theirs) < len(references.captions) or len(ours) < len(predictions):
@@ -229,7 +246,10 @@ def _name(row: Mapping[str, Any], path: Path, number: int) -> str:
 
 def _texts(row: Mapping[str, Any], path: Path, number: int) -> list[str]:
     found = next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
-    texts = [found] if isinstance(found, str) else found
+    listed = [found] if isinstance(found, str) else found
+    texts = (
+        [one.get("caption") if isinstance(one, dict) else one for one in listed] if isinstance(listed, list) else None
+    )
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{path}, row {number}: no caption, expected a text under {' or '.join(CAPTION_COLUMNS)}")
     return texts
