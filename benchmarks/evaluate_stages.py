@@ -7,6 +7,7 @@ value and command) and stages.md (a table) to results/.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from measure import machine, versions, write_results
 
 from vlm.apps.common import percent
 
-GALLERY = "eval retrieval -d web-test --distractors web-val --gallery 500 --galleries {}"
+SMALL = "eval retrieval -d web-test --gallery 100 --galleries 3"
+LARGE = "eval retrieval -d web-test --distractors web-val --gallery 500 --galleries 3"
 ZERO_SHOT = {
     "unseen artist, no flags": "eval zero-shot -d unseen-artist --no-flags",
     "unseen concept": "eval zero-shot -d unseen-concept",
@@ -23,14 +25,17 @@ ZERO_SHOT = {
 MATCHING = {"own text or a foreign one": "eval matching -d web-test"}
 
 
-def jobs_of(family: str, galleries: int) -> dict[str, str]:
+def jobs_of(family: str) -> dict[str, str]:
     """What a family can be asked, by the rows of the table."""
-    retrieval = GALLERY.format(galleries)
     if family == "clip":
-        return ZERO_SHOT | {"clip art": retrieval}
-    if family == "vilt":  # it runs the whole network on each pair: one gallery is 250,000 of them
-        return MATCHING | {"clip art": GALLERY.format(1)}
-    return ZERO_SHOT | MATCHING | {"clip art": f"{retrieval} --rerank 64 --score itm"}
+        return ZERO_SHOT | {"clip art, 100": SMALL, "clip art, 500": LARGE}
+    if family == "vilt":  # it runs the whole network on each pair: a gallery of 500 is 250,000 of them
+        return MATCHING | {"clip art, 100": SMALL}
+    reranked = {
+        "clip art, 100": f"{SMALL} --rerank 100 --score itm",
+        "clip art, 500": f"{LARGE} --rerank 64 --score itm",
+    }
+    return ZERO_SHOT | MATCHING | reranked
 
 
 def rows_of(stage: str, jobs: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -63,25 +68,27 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", help="one for each stage: anything that vlm.load takes")
-    parser.add_argument("--galleries", type=int, default=3, help="of 500; their figures are means over them")
-    parser.add_argument("--name", default="stages", help="of the files")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    found, rows = {}, []
+    families: dict[str, tuple[str, str]] = {}
     for place in options.models:
         model = vlm.load(place, device="cpu")
-        jobs = {name: run_job(job, place) for name, job in jobs_of(model.family, options.galleries).items()}
-        found[model.name] = jobs
-        rows += rows_of(model.name, jobs)
-    values = {
-        "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)} --galleries {options.galleries} "
-        f"--name {options.name}",
-        "machine": machine("cpu"),
-        "versions": versions("torch", "timm"),
-        "stages": found,
-    }
-    header = ["model", "data", "measure", "% [95 % interval]", "chance %"]
-    write_results(options.out, options.name, values, markdown(header, rows))
+        if model.name in families:
+            sys.exit(f"{place}: a second model called {model.name!r}; give it another name in its config.json")
+        families[model.name] = (place, model.family)
+    found: dict[str, Any] = {}
+    rows: list[list[str]] = []
+    for name, (place, family) in families.items():
+        found[name] = {data: run_job(job, place) for data, job in jobs_of(family).items()}
+        rows += rows_of(name, found[name])
+        values = {
+            "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)}",
+            "machine": machine("cpu"),
+            "versions": versions("torch", "timm"),
+            "stages": found,
+        }
+        header = ["model", "data", "measure", "% [95 % interval]", "chance %"]
+        write_results(options.out, "stages", values, markdown(header, rows))  # what a later failure must leave
 
 
 if __name__ == "__main__":

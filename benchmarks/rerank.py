@@ -217,7 +217,7 @@ def markdown(result: dict[str, Any]) -> str:
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
         f"Kept states score **{ratio['median']:.1f}** times as many pairs a second as the whole ALBEF (median of "
-        f"{result['rounds']} rounds in turns; {100 * ratio['coverage']:.0f} % interval {ratio['low']:.1f} to "
+        f"{result['rounds']} rounds in turns; {100 * ratio['coverage']:.0f} % interval {ratio['low']:.2f} to "
         f"{ratio['high']:.1f}), with scores that differ by {result['largest_difference_of_scores']:.0e} at most. Hours "
         f"are reckoned from the measured rates, not run; they hold the encoding of each picture "
         f"({rates['pictures']:,.1f}/s) and text ({rates['texts']:,.1f}/s) once.",

@@ -100,6 +100,12 @@ def test_figures_are_those_of_the_result_files(name: str) -> None:
     assert [row for row in rows if row not in README] == []
 
 
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_kept_states_rerank_five_times_as_fast(size: str) -> None:
+    values = json.loads((ROOT / "benchmarks" / "results" / f"rerank-{size}-cpu.json").read_text("utf-8"))
+    assert values["k"] == 64 and values["ratio"]["median"] >= 5
+
+
 def test_card_quotes_the_same_figures() -> None:
     card = CARD.read_text("utf-8")
     rows = (ROOT / "benchmarks" / "results" / "tiny-clip.md").read_text("utf-8").splitlines()

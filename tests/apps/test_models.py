@@ -22,7 +22,7 @@ from vlm.weights.loaded import VisionLanguageModel
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout without a shipped model."""
-    monkeypatch.setattr("vlm.weights.load.shipped", dict)
+    monkeypatch.setattr("vlm.weights.shipped.shipped", dict)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm.weights.load.shipped", lambda: {"small-clip": "Sees small things."})
+    monkeypatch.setattr("vlm.weights.shipped.shipped", lambda: {"small-clip": "Sees small things."})
     done = run("models")
     assert done.code == 0 and "small-clip\n  Sees small things.\n" in done.out
     assert "open_clip:ARCH/TAG" in done.out
@@ -73,6 +73,24 @@ def test_export_in_half_precision(run: Run, model: str, tmp_path: Path) -> None:
     whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "fp16"))
     assert 1.8 < whole / half < 2.1
     assert "did you mean 'fp16'" in run("export", "-m", model, "--dtype", "fp6", "--out", tmp_path / "x").err
+
+
+def test_export_of_what_differs_from_a_shipped_model(run: Run, model: str, tmp_path: Path) -> None:
+    """Of tiny-clip itself nothing is left but an empty file, and yet it loads whole."""
+    out = tmp_path / "part"
+    done = run("export", "-m", "tiny-clip", "--to", "vlm", "--dtype", "fp16", "--base", "tiny-clip", "--out", out)
+    assert done.code == 0, done.err
+    assert (out / "model.safetensors").stat().st_size < 1000
+    first, second = (vlm.load(place, device="cpu").network.state_dict() for place in ("tiny-clip", out))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for words, said in (
+        (("--to", "hf", "--base", "tiny-clip"), "only --to vlm leaves tensors out"),
+        (("--to", "vlm", "--base", "tiny-clp"), "--base: no shipped model 'tiny-clp' (did you mean 'tiny-clip'?)"),
+        (("--to", "vlm", "--base", "tiny-clip"), "base tiny-clip: this model has no "),
+    ):
+        done = run("export", "-m", model, *words, "--out", tmp_path / "x")
+        assert done.code == 2 and said in done.err
+    assert not (tmp_path / "x").exists()
     assert "use --to vlm" in run("export", "-m", model, "--dtype", "fp16", "--out", tmp_path / "x").err
 
 

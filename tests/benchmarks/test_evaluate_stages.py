@@ -34,10 +34,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_family_is_asked_what_it_can(bench: ModuleType, family: str, asked: set[str]) -> None:
     from vlm.apps.cli import app
 
-    jobs = bench.jobs_of(family, 3)
+    jobs = bench.jobs_of(family)
     assert {job.split()[1] for job in jobs.values()} == asked
-    assert ("--rerank 64" in jobs["clip art"]) == (family == "albef")
-    assert jobs["clip art"].split("--galleries ")[1].split()[0] == ("1" if family == "vilt" else "3")
+    assert ("--rerank 64" in jobs.get("clip art, 500", "")) == (family == "albef")
+    assert all("--gallery 100" in job for name, job in jobs.items() if name == "clip art, 100")
     for job in jobs.values():  # commands that exist, with options that they have
         command: Any = get_command(app)
         words = job.split()
@@ -65,10 +65,17 @@ def test_rows_by_hand(bench: ModuleType) -> None:
 
 def test_the_command_writes_its_results(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "run_job", lambda job, place: {"command": f"vlm {job} -m {place}", "top-1": FIGURE})
-    words = ["evaluate_stages.py", "tiny-clip", "--galleries", "2", "--name", "two", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr("sys.argv", ["evaluate_stages.py", "tiny-clip", "--out", str(tmp_path)])
     bench.main()
-    values = json.loads((tmp_path / "two.json").read_text("utf-8"))
-    assert values["command"] == f"python benchmarks/{' '.join(words[:6])}"
-    assert set(values["stages"]["tiny-clip"]) == set(bench.jobs_of("clip", 2))
-    assert (tmp_path / "two.md").read_text("utf-8").count("| tiny-clip |") == 3
+    values = json.loads((tmp_path / "stages.json").read_text("utf-8"))
+    assert values["command"] == "python benchmarks/evaluate_stages.py tiny-clip"
+    assert set(values["stages"]["tiny-clip"]) == set(bench.jobs_of("clip"))
+    assert (tmp_path / "stages.md").read_text("utf-8").count("| tiny-clip |") == 4
+
+
+def test_two_models_of_one_name_are_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "run_job", None)  # nothing is measured before
+    monkeypatch.setattr("sys.argv", ["evaluate_stages.py", "tiny-clip", "tiny-clip", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="second model called 'tiny-clip'"):
+        bench.main()
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ DOG = {"captions": ["dog face", "a dog"], "tags": ["pet", "animal", "puppy"], "s
 def drawn(meta: dict[str, Any], config: CaptionVariation, count: int = 2000) -> Counter[str]:
     """How often each text comes."""
     rng = random.Random(0)
-    return Counter(vary(meta, rng, config) for _ in range(count))
+    return Counter(vary(meta, rng, config).text for _ in range(count))
 
 
 def test_captions_are_drawn_evenly() -> None:
@@ -114,4 +114,4 @@ def test_never_empty(
     captions: list[str], tags: list[str], web: str | None, chances: list[float], template: float, seed: int
 ) -> None:
     config = CaptionVariation(chances[0], chances[1], 3, template, chances[2])
-    assert vary({"captions": captions, "tags": tags, "web": web}, random.Random(seed), config).strip()
+    assert vary({"captions": captions, "tags": tags, "web": web}, random.Random(seed), config).text.strip()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.data.memory import Memory, encoded
 from vlm.data.augment import Augment
-from vlm.data.batch import Batch
+from vlm.data.batch import KINDS, Batch
 from vlm.data.captions import CaptionVariation
 from vlm.data.loader import UNREADABLE, LoaderConfig, evaluation_batches, make_loader, plan, steps_per_epoch
 from vlm.data.samples import Sample, caption_id, stable_id
@@ -166,19 +166,22 @@ def test_all_captions_come(tokenizer: Tokenizer) -> None:
     assert set(seen) == expected
 
 
-def test_ids_are_concept_and_caption(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("template", [0.0, 1.0])
+def test_ids_are_concept_caption_text_and_picture(tokenizer: Tokenizer, template: float) -> None:
+    """A caption stays itself inside a template, where the text is another one."""
     source = Memory(20)
-    for batch in load(source, tokenizer):
-        for key, (concept, caption) in zip(batch.keys, batch.ids.tolist(), strict=True):
+    for batch in load(source, tokenizer, captions=CaptionVariation(template=template)):
+        for key, (concept, caption, text, picture) in zip(batch.keys, batch.ids.tolist(), strict=True):
             number = int(key[1:])
-            assert concept == stable_id(source.concepts[number])
+            assert concept == stable_id(source.concepts[number]) and picture == stable_id(encoded(number))
             assert caption in {caption_id(text) for text in source.meta(number)["captions"]}
+            assert (text == caption) is (template == 0)
 
 
 def test_shapes_and_cut_texts(tokenizer: Tokenizer) -> None:
     batch = load(Memory(40), tokenizer, max_length=6)[0]
     assert batch.pixels.shape == (8, 3, 16, 16) and batch.pixels.dtype == torch.float32
-    assert batch.tokens.input_ids.shape[1] <= 6 and batch.ids.shape == (8, 2)
+    assert batch.tokens.input_ids.shape[1] <= 6 and batch.ids.shape == (8, len(KINDS))
     longest = max(b.tokens.input_ids.shape[1] for b in load(Memory(40), tokenizer))
     assert longest > 6
     short = wordpiece(max_length=5)
@@ -295,7 +298,8 @@ def test_evaluation_is_in_order_and_unchanged(workers: int, tokenizer: Tokenizer
     for place, number in enumerate(readable):
         image = Image.open(io.BytesIO(encoded(number))).convert("RGB")
         assert torch.equal(pixels[place], TRANSFORM(image))
-        assert ids[place].tolist() == [stable_id(source.concepts[number]), caption_id(f"thing {number}")]
+        text = caption_id(f"thing {number}")
+        assert ids[place].tolist() == [stable_id(source.concepts[number]), text, text, stable_id(encoded(number))]
     assert source.problems.counts == {UNREADABLE: 2}
 
 

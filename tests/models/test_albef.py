@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.models.small import close, far
 from tests.models.small_albef import ALBEF, batch, build
 from vlm.errors import ConfigError
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.clip import Clip, ClipConfig
+from vlm.models.transformer import Attention, Layer, Transformer
 
 
 def test_defaults_are_the_papers() -> None:
@@ -32,6 +34,15 @@ def test_parts_are_called_as_clips() -> None:
     own = {name for name, _ in build().named_children()}
     assert own - clip == {"itm_head", "mlm_head"} and clip <= own
     assert "log_scale" in dict(build().named_parameters())
+
+
+def test_one_transformer_class_reads_every_text() -> None:
+    """CLIP's text, ALBEF's text and fusion; no other module of theirs has a self-attention of its own."""
+    for model in (Clip(ClipConfig(image=ALBEF.image, text=ALBEF.text)), build()):
+        assert type(model.text) is Transformer
+        rest = [module for name, module in model.named_modules() if not name.startswith(("text.", "image."))]
+        assert not any(isinstance(module, Attention | nn.MultiheadAttention) for module in rest)
+        assert all(type(module) is Layer for module in model.text.layers)
 
 
 @pytest.mark.parametrize("image_pool", ["cls", "mean"])

@@ -89,6 +89,11 @@ def test_labels_that_cannot_be_used() -> None:
     network, tokens, pixels = build(ALL_HEADS), texts([4, 5, 6]), pictures(3)
     with pytest.raises(ValueError, match="2 queries don't divide 3 pairs"):
         head_loss(network, "rank", pixels, tokens, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="0 queries don't divide 3 pairs"):
+        head_loss(network, "rank", pixels, tokens, torch.zeros(0))
+    for head, wanted in (("mlm", r"\(3, \d\)"), ("vqa", r"\(3, \d\)"), ("itm", r"\(3,\)")):
+        with pytest.raises(ValueError, match=rf"labels of {head} have the shape \(4, 4, 4\), expected {wanted}"):
+            head_loss(network, head, pixels, tokens, torch.zeros(4, 4, 4))
     with pytest.raises(ConfigError, match="unknown head 'vqaa'"):
         head_loss(network, "vqaa", pixels, tokens, torch.zeros(3))
     with pytest.raises(MissingVerbError, match="no vqa head"):

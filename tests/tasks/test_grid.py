@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 
+from tests.tasks.fused import fused_model
+from vlm.data.augment import Augment
+from vlm.data.captions import CaptionVariation
 from vlm.errors import ConfigError, DataError
 from vlm.tasks.reproduce import grid
-from vlm.tasks.reproduce.albef import VARIANTS, reproduce_albef
+from vlm.tasks.reproduce.albef import MEASURES, VARIANTS, cells_of, reproduce_albef
+from vlm.tasks.reproduce.albef import measure as measure_albef
 from vlm.tasks.reproduce.grid import RESULT, Cell, as_table, read_results, run_grid
+from vlm.train.config import load_config, named_config
+from vlm.train.run import run_kind
 
 CELLS = [Cell("plain", "0% shuffled", ()), Cell("+ MoD", "0% shuffled", ("train.teacher.alpha=0",))]
 RECIPE = ("train.steps=3",)
@@ -159,6 +165,36 @@ def test_albefs_grid(trained: Callable[..., Trained], tmp_path: Path, monkeypatc
     assert len(runs.runs) == len(found) == 2 * len(VARIANTS)
     assert {one["column"] for one in found} == {"0% shuffled", "20% shuffled"}
     assert all("loader.shuffled=0.2" in one["settings"] for one in found if one["column"].startswith("20"))
-    for wrong in ({"seeds": []}, {"noise": [1.0]}, {"noise": [-0.1]}):
-        with pytest.raises(ConfigError, match="at least one seed and shares"):
+    for wrong in ({"seeds": []}, {"noise": []}, {"noise": [1.0]}, {"noise": [-0.1]}):
+        with pytest.raises(ConfigError, match="at least one seed, and at least one share"):
             reproduce_albef(tmp_path, **wrong)  # type: ignore[arg-type]
+    config: Any = load_config(run_kind("albef"), named_config("albef", "tiny"), found[0]["settings"])
+    recipe: Any = load_config(run_kind("albef"), named_config("albef", "tiny"), [])
+    assert config.train.optim.freeze == ("image.", *recipe.train.optim.freeze)
+    assert config.train.steps == 20 and config.train.seed == 3 and config.validation == ()
+    assert config.loader.captions == CaptionVariation() and config.loader.augment == Augment()
+
+
+def test_variants_are_what_they_are_called() -> None:
+    configs: dict[str, Any] = {
+        cell.row: load_config(run_kind("albef"), named_config("albef", "tiny"), list(cell.changes))
+        for cell in cells_of([0.4])
+    }
+    found = {
+        row: (c.model.itc_weight, c.model.negatives, c.train.teacher.decay > 0, c.train.teacher.alpha > 0)
+        for row, c in configs.items()
+    }
+    assert found == {
+        "ITM + MLM": (0.0, "random", False, True),  # alpha of a teacher that isn't there
+        "+ ITC": (1.0, "random", True, False),
+        "+ hard negatives": (1.0, "hard", True, False),
+        "+ MoD": (1.0, "hard", True, True),
+    }
+    assert {(c.model.itm_weight, c.model.mlm_weight, c.loader.shuffled) for c in configs.values()} == {(1.0, 0.1, 0.4)}
+
+
+def test_measured_is_what_the_table_shows(tmp_path: Path) -> None:
+    fused_model().save(tmp_path / "model")
+    found = measure_albef(tmp_path / "model", "cpu")
+    assert set(MEASURES) <= set(found) and all(0 <= value <= 1 for value in found.values())
+    assert found["itm_text_to_image_r1"] < 0.2  # of random weights among 50

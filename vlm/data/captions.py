@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlm.errors import ConfigError
 
@@ -54,17 +54,25 @@ class CaptionVariation:
             raise ConfigError(f"captions.most_tags must be at least 1, got {self.most_tags!r}")
 
 
-def vary(meta: Mapping[str, Any], rng: random.Random, config: CaptionVariation) -> str:
+class Varied(NamedTuple):
+    """A text, and what it was made of."""
+
+    text: str
+    caption: str
+    """Without tags and template."""
+
+
+def vary(meta: Mapping[str, Any], rng: random.Random, config: CaptionVariation) -> Varied:
     """A text for one showing of a sample: `captions` are drawn evenly, the rest by `config`. Never empty.
 
     meta: a sample's JSON. Where it has no tags or no ``web``, their chances fall to the captions; the
     uploaded text is never put inside a template.
     """
-    text = rng.choice(meta["captions"])
+    caption = text = str(rng.choice(meta["captions"]))
     draw = rng.random()
     web, tags = meta.get("web"), _tags(meta, text)
     if draw < config.web and isinstance(web, str) and web.strip():
-        return web.strip()
+        return Varied(web.strip(), web.strip())
     draw -= config.web
     if tags and 0 <= draw < config.tags:
         text = ", ".join([text, *_some(tags, rng, config.most_tags)])
@@ -73,7 +81,7 @@ def vary(meta: Mapping[str, Any], rng: random.Random, config: CaptionVariation) 
     if rng.random() < config.template:
         options = TEMPLATES + STYLED.get(str(meta.get("style", "")), ()) * 2
         text = rng.choice(options).format(text)
-    return str(text)
+    return Varied(text, caption)
 
 
 def first_caption(meta: Mapping[str, Any]) -> str:

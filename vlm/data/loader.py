@@ -183,6 +183,15 @@ class _Row:
     pixels: torch.Tensor
     """(3, H, W) float32."""
     text: str
+    caption: str
+    """What the text was made of."""
+    file: bytes
+    """The picture's, for its hash."""
+
+    @property
+    def ids(self) -> list[int]:
+        """In the order of `KINDS`."""
+        return [stable_id(self.concept), caption_id(self.caption), caption_id(self.text), stable_id(self.file)]
 
 
 @dataclass(frozen=True)
@@ -200,14 +209,13 @@ def _collate(
     consumed: int,
     skipped: Sequence[str],
 ) -> Batch:
-    ids = [[stable_id(row.concept), caption_id(row.text)] for row in rows]
     limit = min(max_length or tokenizer.max_length, tokenizer.max_length)
     # Ranks and micro-batches exchange pictures, so that all have a mask or none has.
     pixels, pixel_mask = pad_pictures([row.pixels for row in rows], masked=transform.resize == "fit")
     return Batch(
         pixels,
         tokenizer([row.text for row in rows], max_length=limit),
-        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor([row.ids for row in rows], dtype=torch.int64),
         tuple(row.key for row in rows),
         consumed,
         tuple(skipped),
@@ -270,11 +278,11 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
         meta = sample.meta if other is None else self.source.meta(other)
         # Nobody knows that a foreign text is one: the sample stands for itself, not for its picture's concept.
         concept = self.source.concepts[number] if other is None else f"{OWN}{sample.key}"
-        text = vary(meta, rng, self.config.captions)
+        text, caption = vary(meta, rng, self.config.captions)
         # The picture must also stay a positive of its other captions.
         said = "; ".join([text, *meta["captions"]])
         image = augment(self.transform.fit(image), said, self.config.augment, rng)
-        return _Row(sample.key, concept, self.transform.normalise(image), text)
+        return _Row(sample.key, concept, self.transform.normalise(image), text, caption, sample.image)
 
 
 class _EvaluationBatches(Dataset[Batch | _Unreadable]):
@@ -295,7 +303,8 @@ class _EvaluationBatches(Dataset[Batch | _Unreadable]):
             except DataError as error:
                 skipped.append(str(error))
                 continue
-            rows.append(_Row(sample.key, self.source.concepts[place], pixels, first_caption(sample.meta)))
+            text = first_caption(sample.meta)
+            rows.append(_Row(sample.key, self.source.concepts[place], pixels, text, text, sample.image))
         if not rows:
             return _Unreadable(tuple(skipped))
         return _collate(rows, self.tokenizer, self.transform, 0, self.work[number][-1] + 1, skipped)

@@ -130,9 +130,10 @@ def caption_length(meta: Mapping[str, Any]) -> int:
     return round(sum(map(len, captions)) / len(captions))
 
 
-def stable_id(text: str) -> int:
-    """63-bit number of a text: the same on every machine and in every run."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
+def stable_id(content: str | bytes) -> int:
+    """63-bit number of a text or a file: the same on every machine and in every run."""
+    given = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(given, digest_size=8).digest(), "big") >> 1
 
 
 def caption_id(caption: str) -> int:

@@ -34,6 +34,7 @@ class ViltConfig:
     image: ViTConfig = field(default_factory=lambda: ViTConfig(image_size=384, patch_size=32))
     """The transformer and its patches; `norm_eps` and `activation` hold for words and heads too."""
     vocab_size: int = 30522
+    """Rows of the word embedding."""
     context_length: int = 40
     """Longest text, in tokens."""
     token_types: int = 2
@@ -43,7 +44,9 @@ class ViltConfig:
     answers: tuple[str, ...] = ()
     """What the `vqa` head chooses among."""
     itm_weight: float = 1.0
+    """Weight of image-text matching; 0 leaves it out."""
     mlm_weight: float = 1.0
+    """Weight of masked language modelling; 0 leaves it out."""
     wpa_weight: float = 0.1
     """Of the word-patch alignment, which belongs to the matching (§3.2); 0 leaves it out."""
 

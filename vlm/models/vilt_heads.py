@@ -36,10 +36,14 @@ def head_loss(
     Raises:
         ConfigError: no head has that name.
         MissingVerbError: the network lacks it.
-        ValueError: the queries don't divide the rows.
+        ValueError: labels have another shape, or the queries don't divide the rows.
     """
     if head not in HEADS:
         raise ConfigError(f"unknown head {head!r}{nearest(head, HEADS)}; choose from {', '.join(HEADS)}")
+    rows, length = len(pixels), tokens["input_ids"].shape[1]
+    shapes = {"mlm": (rows, length), "vqa": (rows, len(network.config.answers)), "rank": (len(labels),)}
+    if head in network.config.heads and tuple(labels.shape) != shapes.get(head, (rows,)):
+        raise ValueError(f"labels of {head} have the shape {tuple(labels.shape)}, expected {shapes.get(head, (rows,))}")
     given = (pixels, tokens, pixel_mask)
     if head == "mlm":
         hidden = labels != IGNORED  # (B, L)
@@ -48,7 +52,7 @@ def head_loss(
     if head == "vqa":
         return soft_answers(network.vqa_logits(*given), labels) / len(pixels)
     if head == "rank":
-        if len(pixels) % len(labels):
+        if not len(labels) or rows % len(labels):
             raise ValueError(f"{len(labels)} queries don't divide {len(pixels)} pairs evenly; give each as many")
         return ranking(network.rank_scores(*given).unflatten(0, (len(labels), -1)), labels) / len(labels)
     logits = network.match(*given) if head == "itm" else network.nlvr2_logits(*given)

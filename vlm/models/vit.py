@@ -32,9 +32,12 @@ class ViTConfig:
     patch_size: int = 16
     """Pixels on a side of a patch; it must divide every image's sides."""
     width: int = 768
+    """Features of a patch."""
     layers: int = 12
     heads: int = 12
+    """Of each self-attention; they divide the width."""
     mlp_width: int = 3072
+    """Hidden features of the feed-forward."""
     activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
     pre_norm: bool = False
     """A norm before the first layer and no bias in the patch projection, as in CLIP."""

@@ -135,6 +135,8 @@ class Vqa(nn.Module):
         ids, real = candidates["input_ids"], candidates["attention_mask"].bool()
         start = {"input_ids": ids[:1, :1].expand(len(mask), 1), "attention_mask": real[:1, :1].expand(len(mask), 1)}
         first = self.answer_logits(question, mask, start)[:, 0].float().log_softmax(dim=-1)  # (B, V)
+        if k < 1 or ids.shape[1] < 2:
+            raise ValueError(f"expected k of at least 1 and answers of at least 2 tokens, got {k} and {ids.shape[1]}")
         k = min(k, len(ids))
         chosen = first[:, ids[:, 1]].topk(k, dim=1).indices  # (B, k)
         rows = chosen.flatten()

@@ -28,7 +28,9 @@ class OptimConfig:
     lr: float = 5e-4
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decays of AdamW's means of the gradient and of its square."""
     eps: float = 1e-6
+    """What AdamW adds to the root of the latter."""
     weight_decay: float = 0.2
     """Decay of matrices; gains, biases and the temperature never decay."""
     warmup: int = 500

@@ -56,6 +56,8 @@ class Job:
     """Hash of the data; a resume with other data is refused."""
     width: int = 0
     """Of the features that a teacher's queue keeps; 0 where the stage has none."""
+    kinds: int = 2
+    """Of id that a batch's rows have."""
 
 
 class Trainer:
@@ -70,8 +72,9 @@ class Trainer:
         self.teaching: Teaching | None = None
         if config.teacher.decay:
             self.teaching = Teaching(
-                job.network, config.teacher, width=job.width, steps_per_epoch=job.steps_per_epoch, device=here.device
-            )
+                job.network, config.teacher, width=job.width, kinds=job.kinds, steps_per_epoch=job.steps_per_epoch,
+                device=here.device,
+            )  # fmt: skip
             spread(self.teaching.teacher.network, config.parallel, here, teacher=True)
         if config.compile:
             for part in job.network.children():

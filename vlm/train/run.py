@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlm.data.batch import Batch
+from vlm.data.batch import KINDS, Batch
 from vlm.data.loader import LoaderConfig, make_loader, steps_per_epoch
 from vlm.data.sources import open_source
 from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
@@ -39,7 +39,9 @@ class ImagesConfig:
     """How pictures become pixels; the side is the model's."""
 
     mean: tuple[float, float, float] = CLIP_MEAN
+    """What is subtracted from red, green and blue, each from 0 to 1."""
     std: tuple[float, float, float] = CLIP_STD
+    """What they are then divided by."""
     resize: Resize = "squash"
     """`squash` both sides, `crop` the centre, `pad` with white, or `fit`: keep the shape, for ViLT alone."""
 
@@ -69,6 +71,7 @@ class RunConfig(Generic[M]):
     """Weights to begin with, later ones over earlier: ``minilm``, a BERT folder, a shipped name, a model or run
     folder."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
+    """How texts become ids: BERT's pieces, or CLIP's byte pairs."""
     data: tuple[str, ...] = ("human-train", "web-train")
     """Training sets, joined; anything that `open_source` takes."""
     validation: tuple[str, ...] = ("web-val",)
@@ -165,7 +168,7 @@ def train_stage(
 
     steps = steps_per_epoch(len(source), loader)
     width = getattr(config.model, "embed_dim", 0)
-    job = Job(network, batches, steps, export, evaluate, fingerprint, width)
+    job = Job(network, batches, steps, export, evaluate, fingerprint, width, len(KINDS))
     trainer = Trainer(job, config.train, run, here, progress=progress)
     if taught is not None and trainer.teaching is not None:
         trainer.teaching.start_from(taught.teacher, taught.image_queue, taught.text_queue, taught.pointer)

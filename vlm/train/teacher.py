@@ -94,12 +94,13 @@ class Teaching:
         *,
         width: int,
         steps_per_epoch: int,
+        kinds: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
-        """width: of the stage's features, or 0 where it has none (then there is no queue)."""
+        """width: of the stage's features, or 0 where it has none (then there is no queue). kinds: of id."""
         self.config = config
         self.teacher = EmaTeacher(network, config.decay)
-        self.queue = FeatureQueue(config.queue if width else 0, max(1, width), 2, device)
+        self.queue = FeatureQueue(config.queue if width else 0, max(1, width), kinds, device)
         self.ramp = config.ramp * steps_per_epoch
 
     def alpha(self, step: int) -> float:

@@ -7,7 +7,7 @@ import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,10 @@ from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
+BASE = "base"
+"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out."""
+MORE_ROWS = "@rows"
+"""Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
 
 
 class Configured(Protocol):
@@ -31,6 +35,15 @@ class Configured(Protocol):
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Its tensors by name."""
+
+
+class Base(NamedTuple):
+    """A shipped model that another one shares tensors with."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    sha256: str
+    """Of its weights file: a base that was trained anew must not slip into what was trained on the old one."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -119,11 +132,13 @@ def save_model(
     family: str = "clip",
     dtype: torch.dtype | None = None,
     card: str = "",
+    base: Base | None = None,
 ) -> None:
     """Write a model folder that `vlm.load` reads: config.json, model.safetensors, vocabulary, README.md.
 
-    dtype: of the stored tensors with fractions; None keeps them. card: text of README.md. The folder appears
-    whole or stays as it was. Raises WeightsError when it can't be written.
+    dtype: of the stored tensors with fractions; None keeps them. card: text of README.md. base: a shipped model
+    whose tensors aren't stored a second time. The folder appears whole or stays as it was. Raises WeightsError
+    when it can't be written, or lacks a tensor of its base.
     """
     config = {
         "family": family,
@@ -136,6 +151,9 @@ def save_model(
         key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in network.state_dict().items()
     }
+    if base is not None:
+        tensors = without_shared(tensors, base)
+        config[BASE] = {"name": base.name, "sha256": base.sha256}
 
     def fill(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -146,6 +164,40 @@ def save_model(
         write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
+
+
+def without_shared(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+    """What of a model's tensors isn't also in its base: of one name and type, bit for bit.
+
+    A tensor that goes on with further rows is stored as those. Raises WeightsError when the base holds a tensor that
+    the model lacks.
+    """
+    lacking = [name for name in base.tensors if name not in tensors]
+    if lacking:
+        raise WeightsError(f"base {base.name}: this model has no {', '.join(lacking[:5])}, so it can't be a part of it")
+    found = {}
+    for name, value in tensors.items():
+        old = base.tensors.get(name)
+        alike = old is not None and old.dtype == value.dtype and old.shape[1:] == value.shape[1:] and old.dim() > 0
+        if old is None or not alike or not torch.equal(old, value[: len(old)]):
+            found[name] = value
+        elif len(old) < len(value):
+            found[name + MORE_ROWS] = value[len(old) :].clone()
+    return found
+
+
+def with_shared(tensors: Mapping[str, Tensor], base: Base, *, where: str) -> dict[str, Tensor]:
+    """The inverse of `without_shared`. Raises WeightsError when the base doesn't hold what is left out."""
+    found = dict(base.tensors)
+    for name, value in tensors.items():
+        plain = name.removesuffix(MORE_ROWS)
+        if plain != name:
+            old = found.get(plain)
+            if old is None or old.shape[1:] != value.shape[1:] or old.dtype != value.dtype:
+                raise WeightsError(f"{where}: {name} continues a tensor that {base.name} doesn't hold in that shape")
+            value = torch.cat([found[plain], value])
+        found[plain] = value
+    return found
 
 
 def write_model(target: Path, fill: Callable[[Path], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest
 from vlm.weights.families import family
-from vlm.weights.files import CARD, CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
 ACCEPTED = (
     "a shipped name, a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP repo id or "
@@ -44,17 +44,6 @@ def load(
     return model
 
 
-def shipped() -> dict[str, str]:
-    """Names of the models that come with the package, and the first sentence of their cards."""
-    found = {}
-    for folder in sorted(_assets().iterdir()):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            text = (folder / CARD).read_text("utf-8") if (folder / CARD).is_file() else ""
-            lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("#", "---"))]
-            found[folder.name] = lines[0] if lines else ""
-    return found
-
-
 def load_folder(folder: Path) -> VisionLanguageModel:
     """A model folder that `save_model` wrote. Raises WeightsError when it isn't one or doesn't fit."""
     settings = read_json(folder / CONFIG)
@@ -70,7 +59,7 @@ def load_folder(folder: Path) -> VisionLanguageModel:
     with torch.device("meta"):
         network = kind.network(config)
     network.to_empty(device="cpu")
-    assign(network, read_tensors(folder / WEIGHTS), where=str(folder / WEIGHTS))
+    assign(network, model_tensors(folder), where=str(folder / WEIGHTS))
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 
@@ -132,13 +121,3 @@ def _from_checkpoint(path: Path) -> VisionLanguageModel:
     tensors = read_tensors(path)
     load = load_checkpoint if layout_of(tensors) is None else load_official
     return load(path, tensors=tensors)
-
-
-def shipped_folder(name: str) -> Path | None:
-    """The folder of a shipped model, None for a name that isn't one."""
-    plain = "/" not in name and "\\" not in name
-    return _assets() / name if plain and (_assets() / name / CONFIG).is_file() else None
-
-
-def _assets() -> Path:
-    return Path(str(resources.files("vlm").joinpath("assets")))

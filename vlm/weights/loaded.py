@@ -19,6 +19,7 @@ from vlm.models.cache import DecoderState
 from vlm.models.heads import no_head
 from vlm.models.stage import can
 from vlm.weights.files import save_model
+from vlm.weights.shipped import base_of
 
 STAGES = {
     "encode_image": "CLIP, ALBEF, BLIP and BLIP-2",
@@ -148,13 +149,16 @@ class VisionLanguageModel:
         self.network.to(device=device, dtype=dtype)
         return self
 
-    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, card: str = "") -> None:
-        """Write a model folder that `vlm.load` reads; see `save_model`."""
+    def save(
+        self, folder: Path | str, *, dtype: torch.dtype | None = None, card: str = "", base: str | None = None
+    ) -> None:
+        """Write a model folder that `vlm.load` reads; see `save_model`. base: name of a shipped model."""
         if not hasattr(self.network, "config"):
             raise VlmError(f"{self.name}: a foreign model has no configuration of ours, so it can't be saved")
         save_model(
             self.network, self.tokenizer, self.transform, folder,
             name=self.name, family=self.family, dtype=dtype, card=card,
+            base=None if base is None else base_of(base, where="base"),
         )  # fmt: skip
 
     def can(self, verb: str) -> bool:

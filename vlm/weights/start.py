@@ -19,9 +19,9 @@ from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, med_layers, med_sources, text_layers
-from vlm.weights.load import shipped_folder
 from vlm.weights.official import Training, read_official
 from vlm.weights.rules import to_ours
+from vlm.weights.shipped import model_tensors, shipped_folder
 
 logger = logging.getLogger("vlm.weights")
 
@@ -61,7 +61,7 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
     settings = read_json(folder / CONFIG)
     if "family" in settings:
         start_id = load_tokenizer(folder).start_id if _is_med(network) else None
-        start_parts(network, read_tensors(folder / WEIGHTS), where=str(folder), start_id=start_id)
+        start_parts(network, model_tensors(folder), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
     else:

@@ -11,6 +11,8 @@ from vlm.errors import ConfigError
 from vlm.tasks.matching import evaluate_matching
 from vlm.tasks.reproduce.grid import Cell, run_grid
 from vlm.tasks.retrieval import evaluate_retrieval
+from vlm.train.config import load_config, named_config
+from vlm.train.run import RunConfig, run_kind
 from vlm.weights.load import load
 
 VARIANTS = {
@@ -19,10 +21,8 @@ VARIANTS = {
     "+ hard negatives": ("train.teacher.alpha=0",),
     "+ MoD": (),
 }
-"""Each adds to the one before; settings of the `tiny` recipe, which has them all."""
-_LOWER = tuple(f"text.layers.{number}." for number in range(4))
-FROZEN = ("image.", "text.tokens", "text.positions", "text.types", "text.embed_norm", *_LOWER)
-"""Parts that no run of the ablation trains: the tiny recipe's, and the image tower."""
+"""Each adds to the one before; settings of the `tiny` recipe, which has them all. Otherwise than in the paper it draws
+half of the hard negatives evenly (`hard_share`) and weighs MLM with 0.1."""
 MEASURES = {
     "itm_text_to_image_r1": "ITM text to image R@1 %",
     "itm_image_to_text_r1": "ITM image to text R@1 %",
@@ -50,27 +50,39 @@ def reproduce_albef(
     them, and whether a picture's text scores higher than a foreign one. known, after: see `run_grid`. Returns the
     results. Raises ConfigError for shares that are none.
     """
-    if not seeds or any(not 0 <= share < 1 for share in noise):
-        raise ConfigError(f"expected at least one seed and shares from 0 to below 1, got {seeds!r} and {noise!r}")
+    if not seeds or not noise or any(not 0 <= share < 1 for share in noise):
+        raise ConfigError(
+            f"expected at least one seed, and at least one share from 0 to below 1, got {seeds!r} and {noise!r}"
+        )
     recipe = [
         f"train.steps={steps}", f"train.precision={precision}", "train.evaluate_every=0", "train.save_every=100",
         "train.keep=1", f"train.optim.warmup={max(1, steps // 10)}", "validation=[]",
         # Short runs need a teacher that follows sooner, and its share of the targets from early on.
         "train.teacher.decay=0.98", "train.teacher.ramp=0.25",
-        # What costs time and differs between no two variants: the image tower stays tiny-clip's, pictures are
-        # shown as they are, texts are names alone.
-        f"train.optim.freeze=[{', '.join(FROZEN)}]", "loader.augment={}", "loader.batch_size=48",
+        # What costs time and differs between no two variants: the image tower stays tiny-clip's, pictures and
+        # captions are shown as they are.
+        f"train.optim.freeze=[{', '.join(frozen())}]", "loader.augment={}", "loader.batch_size=48",
         "loader.captions={}",
     ]  # fmt: skip
-    cells = [
+    return run_grid(
+        "albef", cells_of(noise), seeds=seeds, recipe=recipe, out=out,
+        measure=lambda run: measure(run, device), known=known, after=after, device=device,
+    )  # fmt: skip
+
+
+def cells_of(noise: Sequence[float]) -> list[Cell]:
+    """Every variant with every share of shuffled captions."""
+    return [
         Cell(name, f"{100 * share:g}% shuffled", (*changes, f"loader.shuffled={share}"))
         for share in dict.fromkeys(noise)
         for name, changes in VARIANTS.items()
     ]
-    return run_grid(
-        "albef", cells, seeds=seeds, recipe=recipe, out=out,
-        measure=lambda run: measure(run, device), known=known, after=after, device=device,
-    )  # fmt: skip
+
+
+def frozen() -> tuple[str, ...]:
+    """Parts that no run of the ablation trains: the image tower, and those of the tiny recipe."""
+    config: RunConfig[Any] = load_config(run_kind("albef"), named_config("albef", "tiny"), [])
+    return ("image.", *config.train.optim.freeze)
 
 
 def measure(run: Path, device: str = "auto") -> dict[str, float]:
