@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from vlm.errors import DataError, VlmError
 
 Result = TypeVar("Result")
+logger = logging.getLogger("vlm.files")
 
 
 def write_file(
@@ -68,6 +70,30 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it; the lock ends with the process, however that ends.
+
+    Raises DataError where another process holds it. Without locks (Windows, some network disks) everybody comes in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as problem:
+        raise DataError(f"{folder}: can't be written ({problem.strerror or problem})") from problem
+    with file:
+        try:
+            import fcntl
+
+            # Not flock: workers that outlive a killed process for some seconds would inherit that.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as problem:
+            raise DataError(f"{folder}: another process works there; wait for it, or choose another") from problem
+        except (ImportError, OSError) as problem:
+            logger.warning("%s: no lock can be had there (%s); run one process at a time", folder, problem)
+        yield
 
 
 def _replace(new: Path, target: Path) -> None:

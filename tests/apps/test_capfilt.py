@@ -71,4 +71,4 @@ def test_what_it_refuses(tmp_path: Path, run: Run) -> None:
         code, _, err = run(*given, *change)
         assert code == 2 and message in err, (change, err)
         assert "Traceback" not in err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "capfilt.json").exists()

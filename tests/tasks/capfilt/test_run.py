@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -209,7 +211,7 @@ def test_heads_settings_and_ranks_that_cant_be_used(folder: Path, tmp_path: Path
     with pytest.raises(MissingVerbError, match="a clip model has no lm, itc, itm head of a MED"):
         random_model().save(tmp_path / "clip")
         run(settings(folder, captioner="", judge="", model=str(tmp_path / "clip")), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "capfilt.json").exists()
     with pytest.raises(MissingVerbError, match="has no lm head"):
         run(settings(folder, captioner=str(tmp_path / "retriever")), tmp_path / "out")
     with pytest.raises(ConfigError, match=r"capfilt\.model: name the pre-trained MED that captioner and judge"):
@@ -224,6 +226,19 @@ def test_heads_settings_and_ranks_that_cant_be_used(folder: Path, tmp_path: Path
         Execution(address="auto")
     with pytest.raises(ConfigError, match="runs as one process"):
         run_capfilt(settings(folder), tmp_path / "out", replace(ALONE, count=2))
+
+
+def test_a_folder_in_use_is_left_alone(folder: Path, done: Path) -> None:
+    before = content(done)
+    code = f"from pathlib import Path\nfrom vlm.files import held_alone\nwith held_alone(Path({str(done)!r})):\n"
+    command = [sys.executable, "-c", code + "    print('held', flush=True)\n    input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(DataError, match="another process works there"):
+            run(settings(folder, threshold=THRESHOLD), done)
+        other.kill()
+    assert content(done) == before
+    run(settings(folder, threshold=THRESHOLD), done)
 
 
 def test_the_filter_is_measured_once(folder: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm.data.sources import Source, open_source
 from vlm.errors import ConfigError
-from vlm.files import write_text
+from vlm.files import held_alone, write_text
 from vlm.tasks.capfilt.check import check_filter
 from vlm.tasks.capfilt.engines import check_ray, run_units
 from vlm.tasks.capfilt.identity import settle, weights_digest
@@ -75,7 +75,7 @@ def run_capfilt(
     Raises:
         ConfigError: a setting, a set or weights are others than when `out` was begun, each named.
         MissingVerbError: a model lacks the head, which is named.
-        DataError, WeightsError, TrainingError: as their messages say.
+        DataError: another process works in `out`; and like WeightsError and TrainingError as the message says.
     """
     if here.count > 1:
         raise ConfigError("CapFilt runs as one process; for several machines or GPUs use engine ray")
@@ -83,16 +83,17 @@ def run_capfilt(
         check_ray()
     new = pretraining(config, out / DATA) if pretrain else None  # a wrong setting shows before the work
     sources = {"web": open_source(config.web), "human": open_source(config.human)}
-    _sweep(out)
-    parts = _tune(config, out, here, sources, evaluation)
-    units = find_units(sources, config.shard_samples)
-    job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, _device(how), how.workers)
-    _work(job, units, sources, how, progress)
-    report = _report(job, units, sources)
-    if new is None:
-        return Result(report, out / DATA, None)
-    settle(out / "pretrained.json", {"training": replace(new, data=())}, what="the new model")
-    return Result(report, out / DATA, train_once(new, out / "pretrained", here, evaluation))
+    with held_alone(out):
+        _sweep(out)
+        parts = _tune(config, out, here, sources, evaluation)
+        units = find_units(sources, config.shard_samples)
+        job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, _device(how), how.workers)
+        _work(job, units, sources, how, progress)
+        report = _report(job, units, sources)
+        if new is None:
+            return Result(report, out / DATA, None)
+        settle(out / "pretrained.json", {"training": replace(new, data=())}, what="the new model")
+        return Result(report, out / DATA, train_once(new, out / "pretrained", here, evaluation))
 
 
 def _tune(
