@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.apps.conftest import Run
-from tests.tasks.capfilt.small import BROKEN, content, sets, settings
+from tests.tasks.capfilt.small import BROKEN, content, med, sets, settings
 
 OPTIONS = ["--batch-size", "1", "--shard-samples", "2", "--max-new-tokens", "6", "--min-new-tokens", "2"]
 OPTIONS += ["--threshold", "0.985", "--check-pictures", "4", "--device", "cpu", "--no-train"]
@@ -25,6 +28,17 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     return ["capfilt", "run", *places, *models, "--config", str(folder / "new.yaml"), *OPTIONS, *more]
 
 
+def kill_when(command: list[str], reached: Callable[[], bool]) -> None:
+    """Start a process and kill it as soon as something is reached."""
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not reached() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
+
+
 def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path, run: Run) -> None:
     sets(tmp_path, web=60)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -35,13 +49,7 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path, run: Run) -> None:
     command = [sys.executable, "-m", "vlm.apps.cli", *arguments(tmp_path, cut, "--workers", "2")]
     units = len(list((whole / "judged").iterdir()))
     for wanted in (1, 12):  # finished shards at which it is killed
-        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-        end = time.monotonic() + 120
-        while len(list((cut / "judged").glob("*.json"))) < wanted and process.poll() is None:
-            assert time.monotonic() < end, process.stderr and process.stderr.read()
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_when(command, lambda wanted=wanted: len(list((cut / "judged").glob("*.json"))) >= wanted)  # type: ignore[misc]
         done = list((cut / "judged").glob("*.json"))
         assert wanted <= len(done) < units
         for path in done:
@@ -53,6 +61,26 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path: Path, run: Run) -> None:
     code, *_ = run(*arguments(tmp_path, cut))
     assert code == 1
     assert content(cut) == content(whole)
+
+
+@pytest.mark.slow
+def test_kills_while_it_trains_change_no_weight_and_no_text(tmp_path: Path, run: Run) -> None:
+    given, yaml = arguments(tmp_path, tmp_path / "whole"), str(tmp_path / "new.yaml")
+    med(0).save(tmp_path / "med")
+    more = ["--captioner", "", "--filter", "", "--model", str(tmp_path / "med"), "--train"]
+    more += ["--captioner-config", yaml, "--filter-config", yaml, "--tune", "train.steps=20"]
+    more += ["--tune", "train.save_every=4", "--pretrain", "train.steps=20", "--pretrain", "train.save_every=4"]
+    assert run(*given, *more)[0] == 1
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-m", "vlm.apps.cli", *given, *more, "--out", str(cut)]
+    for part in ("captioner", "filter", "pretrained"):
+        kill_when(command, lambda part=part: any((cut / part / "checkpoints").glob("step-*")))  # type: ignore[misc]
+        assert not (cut / part / "model").exists()
+    assert run(*given, *more, "--out", cut)[0] == 1
+    assert content(cut) == content(tmp_path / "whole")
+    for part in ("captioner", "filter", "pretrained"):
+        weights = [(folder / part / "model" / "model.safetensors").read_bytes() for folder in (cut, tmp_path / "whole")]
+        assert weights[0] == weights[1]
 
 
 def test_what_it_refuses(tmp_path: Path, run: Run) -> None:
