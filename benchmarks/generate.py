@@ -85,11 +85,9 @@ def make_weights(preset: str, folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.add_(torch.randn_like(parameter) * 0.03)
+                parameter.add_(torch.randn_like(parameter) * 0.01)
         # Else each token would only repeat the one before: the embedding is the last matrix too.
         model.text_decoder.bert.embeddings.position_embeddings.weight.normal_(std=0.5)
-        for layer in model.text_decoder.bert.encoder.layer:
-            layer.crossattention.output.dense.weight.mul_(4)
     model.save_pretrained(folder / "transformers")
     load(folder / "transformers", device="cpu").save(folder / "vlm")
 
