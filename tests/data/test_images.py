@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.data.images import FORMATS, ImageLimits, decode_image, load_image
+from vlm.data.images import FORMATS, SUFFIXES, ImageLimits, decode_image, load_image, picture_suffix
 from vlm.errors import DataError
 
 
@@ -46,6 +46,17 @@ def test_every_format_comes_back(kind):
     exact = kind in ("PNG", "WEBP", "BMP", "TIFF", "PPM")
     worst = np.abs(np.array(picture).astype(int) - gradient()).max()
     assert worst == 0 if exact else worst < 30
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_ending_of_every_format_is_one_that_shards_take(kind):
+    ending = picture_suffix(encoded(Image.fromarray(gradient()), kind))
+    assert f".{ending}" in SUFFIXES and ending in (kind.lower(), "jpg", "tif")
+
+
+def test_no_picture_has_no_ending():
+    with pytest.raises(DataError, match="not a picture of a known format"):
+        picture_suffix(b"no picture")
 
 
 def test_sources(tmp_path):

@@ -299,3 +299,10 @@ def test_pictures_without_texts_are_found(tmp_path: Path) -> None:
     path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match=r"web\.tar: not a tar archive"):
         shard_pictures(str(path))
+
+
+def test_numbers_go_on_from_the_first(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "a-{:05d}.tar"), samples=1, first=7) as writer:
+        for key in ("x", "y"):
+            writer.write(key, picture(), "png", {"captions": ["one"]})
+    assert [path.name for path in writer.shards] == ["a-00007.tar", "a-00008.tar"]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps import caption, classify, data, doctor, evaluate, explain, models, reproduce, train
+from vlm.apps import capfilt, caption, classify, data, doctor, evaluate, explain, models, reproduce, train
 from vlm.apps.serve import command as serve
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(capfilt.app, name="capfilt")
 app.add_typer(data.app, name="data")
 app.add_typer(reproduce.app, name="reproduce")
 app.command()(classify.classify)

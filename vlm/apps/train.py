@@ -63,7 +63,7 @@ def _command(stage: str) -> Callable[..., None]:
         from vlm.train.config import load_config, named_config
         from vlm.train.run import read_run_config, run_kind
 
-        _log_to_terminal()
+        log_to_terminal()
         if threads:
             import torch
 
@@ -94,7 +94,7 @@ def _run(settings: RunConfig[Any], out: Path, resume: bool, device: str) -> None
 
     with ranks(device) as here:
         position = train_stage(
-            settings, out, here, resume=resume, evaluate=_evaluation(settings), progress=sys.stderr.isatty()
+            settings, out, here, resume=resume, evaluate=evaluation(settings), progress=sys.stderr.isatty()
         )
     if here.first:
         typer.echo(f"trained {position.step} steps; the model is in {out / 'model'}")
@@ -102,7 +102,7 @@ def _run(settings: RunConfig[Any], out: Path, resume: bool, device: str) -> None
         leave()
 
 
-def _evaluation(config: RunConfig[Any]) -> Callable[[nn.Module], dict[str, float]] | None:
+def evaluation(config: RunConfig[Any]) -> Callable[[nn.Module], dict[str, float]] | None:
     """Figures on the validation sets: retrieval by features, matching, and words said; None where there are no sets."""
     if not config.validation:
         return None
@@ -136,7 +136,8 @@ def _listed(values: list[str]) -> str:
     return json.dumps(values)
 
 
-def _log_to_terminal() -> None:
+def log_to_terminal() -> None:
+    """Show the package's messages on the first rank's stderr."""
     if int(os.environ.get("RANK", "0")) == 0:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("vlm").setLevel(logging.INFO)

@@ -95,6 +95,15 @@ def load_image(obj: Any, *, limits: ImageLimits = DEFAULT_LIMITS, name: str = ""
     raise DataError(f"expected a picture as path, bytes, PIL image or numpy array, got {kind}")
 
 
+def picture_suffix(content: bytes) -> str:
+    """The ending, without a dot, of a file that holds this encoded picture. Raises DataError for no known format."""
+    try:
+        kind = str(_open(content).format).lower()
+    except Exception as error:  # as in `decode_image`
+        raise DataError(f"the picture: {_unknown(content)}", reason="format") from error
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)  # mpo: a JPEG with a second picture
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB of a loaded picture of any mode, upright and on white."""
     try:

@@ -166,8 +166,10 @@ class ShardWriter:
     shard being written is dropped.
     """
 
-    def __init__(self, pattern: str, *, samples: int = 2000) -> None:
-        """pattern: path with a format field for the number, ending in .tar or .tar.gz. samples: per shard."""
+    def __init__(self, pattern: str, *, samples: int = 2000, first: int = 0) -> None:
+        """pattern: path with a format field for the number, ending in .tar or .tar.gz. samples: per shard. first:
+        number of the first shard.
+        """
         try:
             numbered = pattern.endswith((".tar", ".tar.gz")) and pattern.format(0) != pattern.format(1)
         except (ValueError, LookupError):
@@ -176,7 +178,7 @@ class ShardWriter:
             raise DataError(f"{pattern}: expected a shard name with a number, such as train-{{:05d}}.tar")
         if samples < 1:
             raise DataError(f"a shard holds at least 1 sample, got {samples}")
-        self.pattern, self.samples = pattern, samples
+        self.pattern, self.samples, self.first = pattern, samples, first
         self.shards: list[Path] = []
         self._rows: list[tuple[str, bytes]] = []
         self._keys: set[str] = set()
@@ -213,7 +215,7 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        path = Path(self.pattern.format(len(self.shards)))
+        path = Path(self.pattern.format(self.first + len(self.shards)))
         rows = self._rows
 
         def fill(file: BinaryIO) -> None:

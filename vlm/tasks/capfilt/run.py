@@ -1,0 +1,203 @@
+"""CapFilt from end to end, in the order of BLIP's figure 3; each step goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlm.data.sources import Source, open_source
+from vlm.errors import ConfigError
+from vlm.files import write_text
+from vlm.tasks.capfilt.check import check_filter
+from vlm.tasks.capfilt.engines import check_ray, run_units
+from vlm.tasks.capfilt.identity import settle, weights_digest
+from vlm.tasks.capfilt.judge import Judge, need_heads
+from vlm.tasks.capfilt.page import as_page
+from vlm.tasks.capfilt.report import as_markdown, tally
+from vlm.tasks.capfilt.settings import CapfiltConfig, Execution
+from vlm.tasks.capfilt.training import HEADS, Evaluation, Part, pretraining, train_once, tuning
+from vlm.tasks.capfilt.units import Unit, find_units
+from vlm.tasks.capfilt.work import DATA, JUDGED, Job, record_path
+from vlm.train.distributed import Ranks
+from vlm.weights.files import CONFIG
+from vlm.weights.load import load
+from vlm.weights.loaded import VisionLanguageModel
+
+logger = logging.getLogger("vlm.capfilt")
+
+Progress = Callable[[int, int], None]
+"""Called with pictures done and pictures in all whenever a shard is written."""
+NAMES = ("web", "human", "check", "model", "captioner", "judge", "captioner_training", "judge_training", "tune")
+"""Settings of which the content counts, not the name."""
+LAST = ("training", "pretrain")
+"""Settings of the new model, which comes last."""
+SHOWN = 24
+"""Pictures on the page."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where CapFilt's results lie."""
+
+    report: dict[str, Any]
+    data: Path
+    """Folder of the new shards, for `open_source`."""
+    model: Path | None
+    """The new model's folder; None where it was left out."""
+
+
+def run_capfilt(
+    config: CapfiltConfig,
+    out: Path,
+    here: Ranks,
+    *,
+    how: Execution = Execution(),  # noqa: B008 (frozen)
+    pretrain: bool = True,
+    evaluation: Evaluation | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Run all steps into the folder `out`, or what is left of them (BLIP §3.3).
+
+    Args:
+        config: what the result depends on.
+        out: ``captioner`` and ``filter`` (runs), ``data`` (shards), ``judged`` (all texts with their scores),
+            ``report.json``, ``report.md``, ``report.html``, ``pretrained`` (run of the new model).
+        here: from `vlm.train.distributed.ranks`; a single rank.
+        how: engine, batch size, workers, device.
+        pretrain: whether to train a new model on the result.
+        evaluation: what is measured on validation sets while models train.
+        progress: told of each shard.
+
+    Raises:
+        ConfigError: a setting, a set or weights are others than when `out` was begun, each named.
+        MissingVerbError: a model lacks the head, which is named.
+        DataError, WeightsError, TrainingError: as their messages say.
+    """
+    if here.count > 1:
+        raise ConfigError("CapFilt runs as one process; for several machines or GPUs use engine ray")
+    if how.engine == "ray":
+        check_ray()
+    new = pretraining(config, out / DATA) if pretrain else None  # a wrong setting shows before the work
+    sources = {"web": open_source(config.web), "human": open_source(config.human)}
+    _sweep(out)
+    parts = _tune(config, out, here, sources, evaluation)
+    units = find_units(sources, config.shard_samples)
+    job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, _device(how), how.workers)
+    _work(job, units, sources, how, progress)
+    report = _report(job, units, sources)
+    if new is None:
+        return Result(report, out / DATA, None)
+    settle(out / "pretrained.json", {"training": replace(new, data=())}, what="the new model")
+    return Result(report, out / DATA, train_once(new, out / "pretrained", here, evaluation))
+
+
+def _tune(
+    config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Source], evaluation: Evaluation | None
+) -> dict[str, str]:
+    """Step 1: folders of captioner (empty where none is wanted) and filter, made here unless they were given."""
+    wanted: dict[Part, str] = {"captioner": config.captioner, "filter": config.judge}
+    if not config.synthetic:
+        del wanted["captioner"]
+    models = {part: load(given, device="cpu") for part, given in wanted.items() if given}
+    missing = [part for part in wanted if part not in models]
+    settings = {name: value for name, value in vars(config).items() if name not in (*NAMES, *LAST)}
+    began: dict[str, Any] = {"settings": settings, "data": _fingerprints(config, sources)}
+    start = out / "start"
+    runs = {}
+    if missing:
+        first = load(config.model, device="cpu")
+        need_heads(first, *(head for part in missing for head in HEADS[part]))
+        models |= dict.fromkeys(missing, first)
+        runs = {part: tuning(config, part, first, start) for part in missing}
+        began["model"] = weights_digest(first.network)
+        began["training"] = {part: replace(run, start=(), data=()) for part, run in runs.items()}
+    for part, model in models.items():
+        need_heads(model, *HEADS[part])
+    if "captioner" in models:
+        _check_length(models["captioner"], config)
+    # Nothing was written before: a refusal above leaves the folder free for other settings.
+    settle(out / "capfilt.json", began, what="this CapFilt")
+    if missing and not (start / CONFIG).is_file():
+        first.save(start)
+    made = {part: str(train_once(run, out / part, here, evaluation)) for part, run in runs.items()}
+    places = {part: made.get(part, given) for part, given in wanted.items()}
+    models |= {part: load(places[part], device="cpu") for part in runs}
+    settle(out / "models.json", {part: weights_digest(models[part].network) for part in wanted}, what="the texts")
+    return {"captioner": places.get("captioner", ""), "judge": places["filter"]}
+
+
+def _check_length(captioner: VisionLanguageModel, config: CapfiltConfig) -> None:
+    """Raises ConfigError where the captioner can't write texts as long as they may be."""
+    network: Any = captioner.network
+    given, limit = 1 + len(network.config.prompt_ids), network.config.text.context_length
+    if given + config.generation.max_new_tokens > limit:
+        raise ConfigError(
+            f"{captioner.name}: {given} tokens and max_new_tokens {config.generation.max_new_tokens} are more than its "
+            f"texts can have, {limit}; lower max_new_tokens"
+        )
+
+
+def _work(job: Job, units: list[Unit], sources: dict[str, Source], how: Execution, progress: Progress | None) -> None:
+    """Steps 2 to 4: caption, filter and write, shard by shard."""
+    left = [unit for unit in units if not record_path(job.out, unit).is_file()]
+    total = sum(unit.stop - unit.start for unit in units)
+    done = total - sum(unit.stop - unit.start for unit in left)
+    logger.info("%d of %d shards are left to caption and filter", len(left), len(units))
+    if progress is not None:
+        progress(done, total)
+    for unit in run_units(job, left, sources, how):
+        done += unit.stop - unit.start
+        if progress is not None:
+            progress(done, total)
+
+
+def _report(job: Job, units: list[Unit], sources: dict[str, Source]) -> dict[str, Any]:
+    """Step 5: what was kept, how good the filter is, and a page to look at."""
+    config, out = job.config, job.out
+    problems = {kind: source.problems for kind, source in sources.items()}
+    found = tally(out, units, problems, seed=config.seed, shown=SHOWN)
+    settings = {"threshold": config.threshold, "seed": config.seed, "generation": vars(config.generation)}
+    switches = {"synthetic": config.synthetic, "filtering": config.filtering}
+    report = found.counts | {"filter": _filter_check(job, sources["human"]), "settings": settings | switches}
+    write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "report.md", as_markdown(report))
+    write_text(out / "report.html", as_page(found.shown, sources["web"]))
+    return report
+
+
+def _filter_check(job: Job, human: Source) -> dict[str, Any]:
+    """The filter on exchanged texts; made once."""
+    path, config = job.out / "filter.json", job.config
+    if not path.is_file():
+        source = open_source(config.check) if config.check else human
+        judge: VisionLanguageModel = load(job.judge, device=job.device)
+        check = check_filter(
+            Judge(judge), source, threshold=config.threshold, pictures=config.check_pictures, seed=config.seed,
+            batch_size=job.batch_size, workers=job.workers,
+        )  # fmt: skip
+        write_text(path, json.dumps(check.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def _fingerprints(config: CapfiltConfig, sources: dict[str, Source]) -> dict[str, str]:
+    found = {kind: source.fingerprint() for kind, source in sources.items()}
+    if config.check:
+        found["check"] = open_source(config.check).fingerprint()
+    return found
+
+
+def _device(how: Execution) -> str | None:
+    return None if how.device == "auto" else how.device
+
+
+def _sweep(out: Path) -> None:
+    """Take away what a killed process left under temporary names."""
+    for folder in (out, out / DATA, out / JUDGED):
+        for path in folder.glob(".tmp-*"):
+            if path.is_file():
+                path.unlink()

@@ -1,0 +1,155 @@
+"""Units of work, a shard each, and their pictures in batches: the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.data.images import decode_image
+from vlm.data.sources import Source
+from vlm.data.transforms import ImageTransform
+from vlm.errors import DataError
+
+Kind = Literal["web", "human"]
+KINDS: tuple[Kind, ...] = ("web", "human")
+PREFETCH = 2
+"""Batches that each worker holds ready."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Neighbouring samples of a source that are written as one shard."""
+
+    kind: Kind
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.kind}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture with the texts that were found beside it."""
+
+    number: int
+    """In its source."""
+    key: str
+    meta: dict[str, Any]
+    image: bytes
+    """Encoded, as it will be written again."""
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A batch of a unit, decoded once."""
+
+    unit: Unit
+    last: bool
+    """Whether the unit ends with it."""
+    rows: tuple[Row, ...]
+    pixels: tuple[Tensor, ...]
+    """(b, 3, H, W) for each different preprocessing."""
+    skipped: tuple[tuple[str, str], ...] = ()
+    """Key of each picture that can't be decoded, and why."""
+    failed: str = ""
+    """Why the source itself can't be read any more; an exception would come wrapped in a worker's trace."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read."""
+
+    sources: Mapping[str, Source]
+    transforms: tuple[ImageTransform, ...]
+    """Different ones: models with the same preprocessing share the pixels."""
+    batch_size: int
+    web_field: str
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[Pictures]):
+    """Makes the batch with a number; lives in the workers."""
+
+    reading: Reading
+    work: list[tuple[Unit, list[int], bool]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    def __getitem__(self, number: int) -> Pictures:
+        unit, numbers, last = self.work[number]
+        source, transforms = self.reading.sources[unit.kind], self.reading.transforms
+        rows, skipped = [], []
+        pixels: list[list[Tensor]] = [[] for _ in transforms]
+        for place in numbers:
+            try:
+                sample = source[place]
+            except DataError as error:
+                return Pictures(unit, last, (), (), failed=str(error))
+            try:
+                image = decode_image(sample.image, name=sample.key)
+            except DataError as error:
+                skipped.append((sample.key, str(error)))
+                continue
+            for one, transform in zip(pixels, transforms, strict=True):
+                one.append(transform(image))
+            texts = found_texts(sample.meta, self.reading.web_field if unit.kind == "web" else "")
+            rows.append(Row(place, sample.key, sample.meta, sample.image, texts))
+        joined = tuple(torch.stack(one) for one in pixels) if rows else ()
+        return Pictures(unit, last, tuple(rows), joined, tuple(skipped))
+
+
+def find_units(sources: Mapping[str, Source], samples: int) -> list[Unit]:
+    """All units of the web and of the human sets, of at most `samples` each."""
+    found = []
+    for kind in KINDS:
+        size = len(sources[kind])
+        for number, start in enumerate(range(0, size, samples)):
+            found.append(Unit(kind, number, start, min(start + samples, size)))
+    return found
+
+
+def found_texts(meta: Mapping[str, Any], web_field: str) -> tuple[str, ...]:
+    """The text in a sample's `web_field`, else its captions."""
+    text = meta.get(web_field) if web_field else None
+    return (text.strip(),) if isinstance(text, str) and text.strip() else tuple(meta["captions"])
+
+
+def read_units(reading: Reading, units: Sequence[Unit]) -> Iterator[Pictures]:
+    """The batches of some units, one unit after the other.
+
+    A batch's texts are about as long as each other. Raises DataError where a source can't be read any more.
+    """
+    work = [one for unit in units for one in _cut(unit, reading)]
+    settings: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _one_thread} if reading.workers else {}
+    loader = DataLoader(
+        _Batches(reading, work), batch_size=None, num_workers=reading.workers, generator=torch.Generator(), **settings
+    )
+    for batch in loader:
+        if batch.failed:
+            raise DataError(f"{batch.failed}; what was written is whole: mend it and start again")
+        yield batch
+
+
+def _cut(unit: Unit, reading: Reading) -> list[tuple[Unit, list[int], bool]]:
+    numbers = np.arange(unit.start, unit.stop)
+    order = numbers[np.argsort(reading.sources[unit.kind].lengths[numbers], kind="stable")]
+    size = reading.batch_size
+    parts = [order[start : start + size].tolist() for start in range(0, len(order), size)]
+    return [(unit, part, place == len(parts) - 1) for place, part in enumerate(parts)]
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
