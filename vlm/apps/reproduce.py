@@ -43,20 +43,51 @@ def albef(
     device: Device = "auto",
 ) -> None:
     """ITM + MLM; + ITC; + hard negatives; + MoD, each with shuffled captions (ALBEF, table 1)."""
-    import torch
-
     from vlm.tasks.reproduce.albef import MEASURES, reproduce_albef
     from vlm.tasks.reproduce.grid import as_table
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if threads:
-        torch.set_num_threads(threads)
+    _begin(threads)
     results = reproduce_albef(
         out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], noise=_numbers(noise, "--noise"),
         steps=steps, precision=precision, known=_known(table), device=device,
         after=lambda found: _write(found, as_table(found, MEASURES), table),
     )  # fmt: skip
     typer.echo(as_table(results, MEASURES))
+
+
+@app.command()
+def blip(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")] = (
+        Path("runs/reproduce-blip")
+    ),
+    seeds: Seeds = "0,1,2",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model that is compared.")] = 150,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of captioner and filter each.")] = 80,
+    start: Annotated[str, typer.Option(help="Model of the stage before, which all models begin as.")] = "tiny-clip",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    table: Table = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """CapFilt: neither, filter, captioner, both; nucleus or beam; and what is shared (BLIP, tables 1 to 3)."""
+    from vlm.tasks.reproduce.blip import MEASURES, Sizes, reproduce_blip
+    from vlm.tasks.reproduce.grid import as_table
+
+    _begin(threads)
+    results = reproduce_blip(
+        out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], sizes=Sizes(steps, tune_steps),
+        start=start, precision=precision, known=_known(table), device=device,
+        after=lambda found: _write(found, as_table(found, MEASURES), table),
+    )  # fmt: skip
+    typer.echo(as_table(results, MEASURES))
+
+
+def _begin(threads: int) -> None:
+    import torch
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def _known(table: Path | None) -> list[dict[str, Any]]:

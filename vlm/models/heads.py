@@ -24,6 +24,7 @@ class Prediction:
     loss: Tensor | None = None
     """Scalar: the mean over rows; over questions for VQA."""
 
+
 FEW = 4
 """Rows up to which MKL takes the embedding from the left twice as fast (measured on an EPYC, width 768)."""
 

@@ -51,6 +51,8 @@ def run_grid(
     recipe: Sequence[str],
     out: Path,
     measure: Measure,
+    prepare: Callable[[Cell, int], Sequence[str]] | None = None,
+    prepared: Sequence[str] = (),
     known: Sequence[dict[str, Any]] = (),
     after: Callable[[list[dict[str, Any]]], None] | None = None,
     device: str = "auto",
@@ -61,10 +63,12 @@ def run_grid(
     finished runs are dropped. recipe: overrides of the stage's `tiny` configuration that all cells share. known:
     results of an earlier call, which needn't lie in `out`; those made with the same settings count as finished.
     after: called whenever a run is finished, with the results so far and the known ones of other cells and seeds.
-    Returns the results. Raises ConfigError when one in `out` or a known one was made by another recipe, DataError
-    when one can't be read.
+    prepare: called before a cell's run with the cell and the seed; what it gives are further overrides that depend on
+    where things lie, such as ``data=[...]``. prepared: whatever else that work depends on, for the digest. Returns the
+    results. Raises ConfigError when one in `out` or a known one was made by another recipe, DataError when one can't
+    be read.
     """
-    whole = _digest(stage, recipe)
+    whole = _digest(stage, recipe, prepared)
     _check_known(known, cells, list(recipe), whole)
     found: list[dict[str, Any]] = []
     seeds = list(dict.fromkeys(seeds))
@@ -78,7 +82,8 @@ def run_grid(
             )
             if result is None:
                 logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
-                _train(stage, run, settings, device)
+                places = list(prepare(cell, seed)) if prepare is not None else []
+                _train(stage, run, [*settings, *places], device)
                 result = {"row": cell.row, "column": cell.column, "seed": seed, "settings": settings}
                 result |= {"recipe": whole, "figures": measure(run)}
                 write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
@@ -104,10 +109,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _digest(stage: str, recipe: Sequence[str]) -> str:
+def _digest(stage: str, recipe: Sequence[str], prepared: Sequence[str]) -> str:
     """What tells one recipe from another, the settings of the `tiny` file included."""
     config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(recipe))
-    return hashlib.sha256(to_yaml(config).encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256("\n".join([to_yaml(config), *prepared]).encode("utf-8")).hexdigest()[:16]
 
 
 def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: str) -> None:
