@@ -84,7 +84,7 @@ def test_calls_of_the_service_run(tmp_path: Path) -> None:
 
 
 RESULTS = [
-    *("pointing-tiny-clip", "rerank-base-cpu", "rerank-tiny-cpu"),
+    *("pointing-tiny-clip", "rerank-base-cpu", "rerank-tiny-cpu", "stages"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
 ]
@@ -112,7 +112,10 @@ def test_card_quotes_the_same_figures() -> None:
     assert [row for row in rows if row.startswith("| ") and row not in card] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "benchmarks/README.md", "vlm/assets/tiny-clip/README.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "benchmarks/README.md", *(f"vlm/assets/{name}/README.md" for name in ("tiny-clip", "tiny-albef"))],
+)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     links = re.findall(r"\]\(([^)#\s]+)\)", path.read_text("utf-8"))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.tasks.small import class_folders, colour_model, noise, plain, random_model
+from vlm.data.batch import KINDS
 from vlm.data.sources import Label, open_source
 from vlm.errors import ConfigError, DataError
 from vlm.tasks.confusion import attractors, confusion_picture, confusions
@@ -240,7 +241,7 @@ def test_features_are_unit_and_in_order(colours: Any) -> None:
     found = source_features(model, colours, batch_size=4)
     assert model.network.image_rows == [4, 2]
     assert found.keys == tuple(colours.keys)
-    assert found.ids.shape == (6, 2)
+    assert found.ids.shape == (6, len(KINDS))
     for number in range(6):
         picture = model.encode_image(model.pixels(colours[number].image))
         caption = model.encode_text(model.tokens(colours.meta(number)["captions"][0]))

@@ -93,7 +93,7 @@ def test_the_seed_draws_the_galleries(tmp_path: Path) -> None:
 def test_distractors_are_only_candidates(tmp_path: Path) -> None:
     own = captioned(tmp_path / "a", [(plain("red"), "red", "red"), (plain("blue"), "blue", "blue")])
     far = captioned(tmp_path / "b", [(plain("green"), "green", f"far {n}") for n in range(6)])
-    near = captioned(tmp_path / "c", [(plain("red"), "a red one", f"near {n}") for n in range(6)])
+    near = captioned(tmp_path / "c", [(plain("red", 9), "a red one", f"near {n}") for n in range(6)])
     report = evaluate_retrieval(colour_model(), own, distractors=far, gallery=5, rounds=3)
     assert (report.gallery, report.galleries, report.queries) == (5, 3, 2)
     assert values(report)["text_to_image"][0] == 1

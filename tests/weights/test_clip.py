@@ -165,7 +165,7 @@ def test_other_architectures_run_on_open_clips_towers(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
     best = vlm.ZeroShotClassifier(ours, ["cat", "dog"]).predict(picture, top_k=2)
     assert sum(prediction.score for prediction in best) == pytest.approx(1, abs=1e-5)
-    with pytest.raises(WeightsError, match="nothing of ours"):
+    with pytest.raises(WeightsError, match="no network of ours"):
         export_hf(ours, tmp_path / "out")
 
 

@@ -64,4 +64,4 @@ def test_a_full_queue_refuses_before_it_reads() -> None:
 def test_a_model_without_features_to_compare_is_refused_at_once(run: Run, tmp_path: Path) -> None:
     folder_of("ViltModel", tmp_path / "vilt")
     code, _, err = run("serve", "--port", "0", "--model", tmp_path / "vilt")
-    assert code == 2 and "a vilt model" in err and "name a CLIP or an ALBEF" in err
+    assert code == 2 and "a vilt model" in err and "name a CLIP, an ALBEF or a BLIP" in err
