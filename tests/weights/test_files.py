@@ -320,3 +320,11 @@ def test_what_is_left_out_comes_back():
             with_shared({"same@rows": wrong}, base, where="here")
     with pytest.raises(WeightsError, match="here: no@rows continues"):
         with_shared({"no@rows": torch.ones(2, 3)}, base, where="here")
+
+
+def test_shipped_albef_stands_on_the_shipped_clip():
+    """Its base is the tiny-clip of this checkout; a tower that was trained on is its own."""
+    clip, albef = (vlm.load(name, device="cpu").network.state_dict() for name in ("tiny-clip", "tiny-albef"))
+    assert torch.equal(clip["text.tokens.weight"], albef["text.tokens.weight"])
+    assert not torch.equal(clip["image_projection.weight"], albef["image_projection.weight"])
+    assert all(value.isfinite().all() for value in albef.values())
