@@ -83,3 +83,25 @@ def test_fine_tuned_heads_start_from_pre_training(tmp_path: Path) -> None:
     new = ("vqa.", "nlvr2.", "second_image")
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name] if name.startswith(new) else first.state_dict()[name]), name
+
+
+def test_words_begin_as_near_each_other_as_in_the_clip(tmp_path: Path) -> None:
+    """As principal components, which keep as much of the distances as any projection; in the size of fresh words."""
+    text = TransformerConfig(vocab_size=30522, context_length=12, width=48, layers=1, heads=2, mlp_width=16)
+    clip = scrambled(Clip(ClipConfig(IMAGE, text, embed_dim=16)))
+    with torch.no_grad():  # words of 20 dimensions, all of which fit
+        clip.text.tokens.weight.copy_(torch.randn(30522, 20) @ torch.randn(20, 48) + 3)
+    save_model(clip, wordpiece(max_length=12), ImageTransform(24), tmp_path / "clip", name="clip")
+    config = replace(SMALL, vocab_size=30522)
+    network = build(config)
+    fresh = {name: value.clone() for name, value in network.words.state_dict().items()}
+    start_from(network, str(tmp_path / "clip"))
+    found, own = network.words.tokens.weight.detach(), clip.text.tokens.weight.detach()
+    assert found.shape == fresh["tokens.weight"].shape
+    torch.testing.assert_close(found.std(), fresh["tokens.weight"].std(), rtol=1e-3, atol=0)
+    near, far = (torch.cdist(w[:50].double(), w[:50].double()) for w in (found, own))
+    torch.testing.assert_close(near / near.max(), far / far.max(), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(network.words.state_dict()[n], v) for n, v in fresh.items() if n != "tokens.weight")
+    again = build(config)
+    start_from(again, str(tmp_path / "clip"))
+    assert torch.equal(again.words.tokens.weight, network.words.tokens.weight)

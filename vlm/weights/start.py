@@ -173,6 +173,7 @@ def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int | No
 
 def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage under the names that the network has for them."""
+    tensors = _with_words(network, tensors)
     layer = re.compile(r"text\.layers\.(\d+)\..*")
     found = [int(match[1]) for name in tensors if (match := layer.fullmatch(name))]
     text = getattr(network, "text", None)
@@ -191,6 +192,27 @@ def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> d
     # What ALBEF looks at images with can't look at a question of another width: that begins afresh.
     own = network.state_dict()
     return {n: v for n, v in out.items() if not (re.fullmatch(FRESH, n) and n in own and own[n].shape != v.shape)}
+
+
+def _with_words(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """With the words of an earlier stage's text tower as those of ViLT, whose transformer may be narrower.
+
+    Words then begin as near each other as they were: as their principal components, the first of which keep most of
+    the distances. Their size is that of fresh ones, beside which positions and types were made.
+    """
+    words, theirs = getattr(network, "words", None), tensors.get("text.tokens.weight")
+    if not isinstance(words, Transformer) or theirs is None or any(name.startswith("words.") for name in tensors):
+        return tensors
+    own = words.tokens.weight.detach()
+    if len(own) != len(theirs) or own.shape[1] > theirs.shape[1]:
+        return tensors
+    centred = theirs.double() - theirs.double().mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # from the least to the greatest
+    axes = axes[:, -own.shape[1] :].flip(1)
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()  # either sign is as good
+    chosen = centred @ axes
+    fresh = {f"words.{name}": value for name, value in words.state_dict().items()}
+    return {**tensors, **fresh, "words.tokens.weight": (chosen * (own.std() / chosen.std())).to(own.dtype)}
 
 
 def find_minilm() -> Path:
