@@ -85,7 +85,7 @@ def test_calls_of_the_service_run(tmp_path: Path) -> None:
 
 RESULTS = [
     *("pointing-tiny-clip", "pointing-tiny-albef", "rerank-base-cpu", "rerank-tiny-cpu", "stages"),
-    "generate-base-cpu",
+    *("generate-base-cpu", "capfilt-base-cpu"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
 ]
