@@ -43,7 +43,7 @@ def export(
     from vlm.weights.export import export_hf, export_open_clip
     from vlm.weights.files import check_target
     from vlm.weights.official import export_official
-    from vlm.weights.shipped import base_of
+    from vlm.weights.shipped import base_folder
 
     kinds = ("vlm", "hf", "open_clip", "official")
     if to not in kinds:
@@ -59,7 +59,7 @@ def export(
     if to != "official":
         check_target(out)  # before a model is read
     if base is not None:
-        base_of(base, where="--base")
+        base_folder(base, where="--base")
     loaded = load_model(model, device)
     if to == "vlm":
         loaded.save(out, dtype=types[dtype], base=base)

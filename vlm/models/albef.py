@@ -220,9 +220,9 @@ class Albef(nn.Module):
         partners: dict[str, Tensor] = {}
         counts = {}
         if self.config.itm_weight:
-            hard = space.hard_share(self.config)
-            partners = space.draw_partners(features, everyone, row_ids=row_ids, ids=ids, draws=draws, hard=hard)
-            counts["itm"] = len(row_ids) + sum(int((rows >= 0).sum()) for rows in partners.values())
+            partners, counts["itm"] = space.draw_partners(
+                features, everyone, row_ids=row_ids, ids=ids, draws=draws, config=self.config
+            )
         if self.config.mlm_weight:
             counts["mlm"] = int((masked(batch)[1] != IGNORED).sum())
         return Choice(partners, counts | {f"{name}_accuracy": count for name, count in counts.items()})

@@ -249,9 +249,9 @@ class Blip(nn.Module):
         partners: dict[str, Tensor] = {}
         counts = {}
         if self.loss_weights.get("itm"):
-            hard = space.hard_share(self.config)
-            partners = space.draw_partners(features, everyone, row_ids=row_ids, ids=ids, draws=draws, hard=hard)
-            counts["itm"] = len(row_ids) + sum(int((rows >= 0).sum()) for rows in partners.values())
+            partners, counts["itm"] = space.draw_partners(
+                features, everyone, row_ids=row_ids, ids=ids, draws=draws, config=self.config
+            )
         if self.loss_weights.get("lm"):
             counts["lm"] = int((self._prompted(batch.tokens)[2] != IGNORED).sum())
         return Choice(partners, counts | {f"{name}_accuracy": count for name, count in counts.items()})

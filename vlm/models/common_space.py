@@ -185,11 +185,6 @@ def align(
     )
 
 
-def hard_share(config: Aligned) -> float:
-    """Share of the rows with a hard negative, for `draw_partners`."""
-    return config.hard_share if config.negatives == "hard" else 0.0
-
-
 @torch.no_grad()
 def draw_partners(
     features: Mapping[str, Tensor],
@@ -198,14 +193,15 @@ def draw_partners(
     row_ids: Tensor,
     ids: Tensor,
     draws: Draws,
-    hard: float,
-) -> dict[str, Tensor]:
+    config: Aligned,
+) -> tuple[dict[str, Tensor], int]:
     """A negative image for each text and a negative text for each image (ALBEF §3.2).
 
-    Arguments as for a stage's `choose`. hard: share of the rows whose negative is drawn in proportion to the
-    softmax of the contrast; for the others each negative is as likely. Returns ``image`` and ``text`` (b,): rows
-    of the joined batch, -1 where it holds no negative.
+    Arguments as for a stage's `choose`. config: its share of rows have a negative drawn in proportion to the softmax
+    of the contrast; for the others each negative is as likely. Returns ``image`` and ``text`` (b,), rows of the joined
+    batch, -1 where it holds no negative; and how many pairs ITM then has, the rows' own ones among them.
     """
+    hard = config.hard_share if config.negatives == "hard" else 0.0
     positive = positives(row_ids, ids)  # (b, B)
     partners = {}
     for kind, looking in (("image", "text"), ("text", "image")):
@@ -215,7 +211,7 @@ def draw_partners(
             easy = draws(f"{kind} easy", 1).to(logits.device) >= hard  # (b, 1)
             weights = torch.where(easy, 1.0, weights)
         partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
-    return partners
+    return partners, len(row_ids) + sum(int((rows >= 0).sum()) for rows in partners.values())
 
 
 def check_aligned(config: Aligned) -> None:

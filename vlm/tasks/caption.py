@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from vlm.data.batch import Tokens
-from vlm.data.images import load_image
 from vlm.errors import ConfigError, DataError
 from vlm.generate import GenerationConfig
 from vlm.models.heads import no_head
 from vlm.models.packed import pack_linears
-from vlm.tasks.zero_shot import Picture, is_picture
+from vlm.tasks.zero_shot import Picture, is_picture, picture_batches
 from vlm.train.draws import uniform
 from vlm.weights.loaded import VisionLanguageModel
 
@@ -86,19 +85,8 @@ class Captioner:
 
         on_error: called with a picture that can't be read, which is then left out; None raises the DataError.
         """
-        batch: list[tuple[Picture, Tensor]] = []
-        for image in images:
-            try:
-                batch.append((image, self.model.transform(load_image(image))))
-            except DataError as error:
-                if on_error is None:
-                    raise
-                on_error(image, error)
-            if len(batch) == self.batch_size:
-                yield from self._batch(batch)
-                batch = []
-        if batch:
-            yield from self._batch(batch)
+        for given, pixels in picture_batches(images, self.model.transform, self.batch_size, on_error=on_error):
+            yield from zip(given, self.caption_pixels(pixels), strict=True)
 
     def caption_pixels(self, pixels: Tensor, keys: Sequence[str] | None = None) -> list[list[Caption]]:
         """Captions of preprocessed pictures (B, 3, H, W), best first.
@@ -121,10 +109,6 @@ class Captioner:
             ]
             for row, (texts, counts) in enumerate(zip(found.ids.tolist(), found.lengths.tolist(), strict=True))
         ]
-
-    def _batch(self, batch: Sequence[tuple[Picture, Tensor]]) -> Iterator[tuple[Picture, list[Caption]]]:
-        found = self.caption_pixels(torch.stack([pixels for _, pixels in batch]))
-        yield from zip([image for image, _ in batch], found, strict=True)
 
     def _prompts(self, count: int) -> Tokens | None:
         return self.model.tokens([self.prompt] * count) if self.prompt else None

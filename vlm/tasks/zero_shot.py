@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.data.images import load_image
+from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, DataError
 from vlm.tasks.templates import fill, resolve_templates
 from vlm.weights.loaded import VisionLanguageModel
@@ -92,20 +93,8 @@ class ZeroShotClassifier:
         on_error: called with a picture that can't be read, which is then left out; None raises the DataError.
         """
         _check_top_k(top_k)
-        batch: list[tuple[Picture, Tensor]] = []
-        for image in images:
-            try:
-                # Preprocessed at once: decoded, a batch of large photos would not fit in memory.
-                batch.append((image, self.model.transform(load_image(image))))
-            except DataError as error:
-                if on_error is None:
-                    raise
-                on_error(image, error)
-            if len(batch) == self.batch_size:
-                yield from self._batch(batch, top_k)
-                batch = []
-        if batch:
-            yield from self._batch(batch, top_k)
+        for given, pixels in picture_batches(images, self.model.transform, self.batch_size, on_error=on_error):
+            yield from zip(given, self.predict_pixels(pixels, top_k), strict=True)
 
     def predict_pixels(self, pixels: Tensor, top_k: int = 5) -> list[list[Prediction]]:
         """Predictions for preprocessed pictures (B, 3, H, W)."""
@@ -118,9 +107,34 @@ class ZeroShotClassifier:
         parts = [self.model.encode_image(part) for part in pixels.split(self.batch_size)]
         return probabilities(self.model, torch.cat(parts), self.features)
 
-    def _batch(self, batch: Sequence[tuple[Picture, Tensor]], top_k: int) -> Iterator[tuple[Picture, list[Prediction]]]:
-        found = self.predict_pixels(torch.stack([pixels for _, pixels in batch]), top_k)
-        yield from zip([image for image, _ in batch], found, strict=True)
+
+def picture_batches(
+    images: Iterable[Picture],
+    transform: ImageTransform,
+    batch_size: int,
+    *,
+    on_error: Callable[[Picture, DataError], None] | None = None,
+) -> Iterator[tuple[list[Picture], Tensor]]:
+    """Pictures as they were given with their pixels (B, 3, H, W), one batch held at a time.
+
+    on_error: called with a picture that can't be read, which is then left out; None raises the DataError.
+    """
+    given: list[Picture] = []
+    pixels: list[Tensor] = []
+    for image in images:
+        try:
+            # Preprocessed at once: decoded, a batch of large photos would not fit in memory.
+            pixels.append(transform(load_image(image)))
+            given.append(image)
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(image, error)
+        if len(given) == batch_size:
+            yield given, torch.stack(pixels)
+            given, pixels = [], []
+    if given:
+        yield given, torch.stack(pixels)
 
 
 def label_features(

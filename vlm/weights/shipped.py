@@ -30,8 +30,8 @@ def shipped_folder(name: str) -> Path | None:
     return _assets() / name if plain and (_assets() / name / CONFIG).is_file() else None
 
 
-def base_of(name: str, *, where: str) -> Base:
-    """A shipped model as a base for others, which has none itself.
+def base_folder(name: str, *, where: str) -> Path:
+    """The folder of a shipped model that can be a base for others, since it has none itself.
 
     Raises WeightsError, which names `where`, when there is none of that name.
     """
@@ -41,6 +41,12 @@ def base_of(name: str, *, where: str) -> Base:
         raise WeightsError(f"{where}: no shipped model {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     if BASE in read_json(folder / CONFIG):
         raise WeightsError(f"{where}: {name} is kept as a part of another model itself; choose one that isn't")
+    return folder
+
+
+def base_of(name: str, *, where: str) -> Base:
+    """A shipped model as a base for others. Raises WeightsError as `base_folder` does."""
+    folder = base_folder(name, where=where)
     with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Base(name, read_tensors(folder / WEIGHTS), digest)

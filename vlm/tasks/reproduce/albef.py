@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.data.sources import open_source
 from vlm.errors import ConfigError
 from vlm.tasks.matching import evaluate_matching
 from vlm.tasks.reproduce.grid import Cell, run_grid
-from vlm.tasks.retrieval import evaluate_retrieval
+from vlm.tasks.reproduce.short import PLAIN, TEACHER, open_run, retrieval_figures, short_run
 from vlm.train.config import load_config, named_config
 from vlm.train.run import RunConfig, run_kind
-from vlm.weights.load import load
 
 VARIANTS = {
     "ITM + MLM": ("model.itc_weight=0", "model.negatives=random", "train.teacher.decay=0"),
@@ -30,7 +28,6 @@ MEASURES = {
     "itc_image_to_text_r1": "ITC image to text R@1 %",
     "match_order": "own text before a foreign one %",
 }
-TEST, GALLERY = "web-test", 50
 
 
 def reproduce_albef(
@@ -55,14 +52,9 @@ def reproduce_albef(
             f"expected at least one seed, and at least one share from 0 to below 1, got {seeds!r} and {noise!r}"
         )
     recipe = [
-        f"train.steps={steps}", f"train.precision={precision}", "train.evaluate_every=0", "train.save_every=100",
-        "train.keep=1", f"train.optim.warmup={max(1, steps // 10)}", "validation=[]",
-        # Short runs need a teacher that follows sooner, and its share of the targets from early on.
-        "train.teacher.decay=0.98", "train.teacher.ramp=0.25",
-        # What costs time and differs between no two variants: the image tower stays tiny-clip's, pictures and
-        # captions are shown as they are.
-        f"train.optim.freeze=[{', '.join(frozen())}]", "loader.augment={}", "loader.batch_size=48",
-        "loader.captions={}",
+        *short_run(steps, precision), *PLAIN, *TEACHER,
+        # For the same reason the image tower stays tiny-clip's.
+        f"train.optim.freeze=[{', '.join(frozen())}]",
     ]  # fmt: skip
     return run_grid(
         "albef", cells_of(noise), seeds=seeds, recipe=recipe, out=out,
@@ -87,10 +79,5 @@ def frozen() -> tuple[str, ...]:
 
 def measure(run: Path, device: str = "auto") -> dict[str, float]:
     """Figures of a run's model on the held-out clip art."""
-    model = load(run, device=None if device == "auto" else device)
-    source = open_source(TEST)
-    report = evaluate_retrieval(model, source, gallery=GALLERY, rerank=GALLERY, score="itm")
-    found = {f"itc_{name}": value for name, value in report.figures().items()}
-    if report.reranked is not None:
-        found |= {f"itm_{way}_r{k}": f.value for way, at in report.reranked.recall.items() for k, f in at.items()}
-    return found | evaluate_matching(model, source).figures()
+    model, source = open_run(run, device)
+    return retrieval_figures(model, source) | evaluate_matching(model, source).figures()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlm.data.images import decode_image
-from vlm.data.sources import open_source
 from vlm.errors import ConfigError
 from vlm.generate import GenerationConfig
 from vlm.tasks.capfilt.run import run_capfilt
@@ -18,14 +17,13 @@ from vlm.tasks.capfilt.settings import CapfiltConfig, Execution
 from vlm.tasks.capfilt.training import train_once
 from vlm.tasks.caption import Captioner
 from vlm.tasks.caption_report import CIDER, evaluate_captions, source_references
-from vlm.tasks.reproduce.grid import Cell, run_grid
-from vlm.tasks.retrieval import evaluate_retrieval
+from vlm.tasks.reproduce.grid import Cell, folder_name, run_grid
+from vlm.tasks.reproduce.short import PLAIN, TEACHER, open_run, retrieval_figures, short_run
 from vlm.train.config import load_config, named_config
 from vlm.train.distributed import ranks
 from vlm.train.run import run_kind
-from vlm.weights.load import load
 
-WEB, HUMAN, TEST, GALLERY = "web-train", "human-train", "web-test", 50
+WEB, HUMAN = "web-train", "human-train"
 MOST_TOKENS = 12
 """Longest caption; names of emoji and clip art are short."""
 
@@ -63,7 +61,7 @@ SETS = (
     BOTH,
 )
 """Table 1 and table 2: neither, each and both; beam search against nucleus sampling."""
-SHARED = {"none": "none", "all": "all"}
+SHARED = ("none", "all")
 """Table 3; sharing all but self-attention is the default, and so the last of `SETS`."""
 MEASURES = {
     "itm_text_to_image_r1": "text to image R@1 % (ITM)",
@@ -107,8 +105,8 @@ def reproduce_blip(
     """
     if not seeds or min(sizes.pretrain, sizes.tune) < 1:
         raise ConfigError(f"expected at least one seed and one step of each training, got {seeds!r} and {sizes}")
-    recipe = _recipe(sizes.pretrain, start, precision)
-    tune = _steps(sizes.tune, precision)
+    recipe = [*short_run(sizes.pretrain, precision), f"start={json.dumps([start])}", *PLAIN, *TEACHER]
+    tune = short_run(sizes.tune, precision)
     return run_grid(
         "blip", cells(), seeds=seeds, recipe=recipe, out=out / "models", measure=lambda run: measure(run, device),
         prepare=lambda cell, seed: _prepare(out, cell, seed, recipe, tune, device),
@@ -119,59 +117,34 @@ def reproduce_blip(
 def cells() -> list[Cell]:
     """What is compared: the sets, then the ways of sharing on the best of them."""
     found = [Cell(one.name, "CapFilt", ()) for one in SETS]
-    return found + [Cell(f"shared: {name}", BOTH.name, (f"model.sharing={value}",)) for name, value in SHARED.items()]
+    return found + [Cell(f"shared: {name}", BOTH.name, (f"model.sharing={name}",)) for name in SHARED]
 
 
 def measure(run: Path, device: str = "auto") -> dict[str, float]:
     """Figures of a run's model on the held-out clip art."""
-    model = load(run, device=None if device == "auto" else device)
-    source = open_source(TEST)
-    report = evaluate_retrieval(model, source, gallery=GALLERY, rerank=GALLERY, score="itm")
-    found = {f"itc_{name}": value for name, value in report.figures().items()}
-    if report.reranked is not None:
-        found |= {f"itm_{way}_r{k}": f.value for way, at in report.reranked.recall.items() for k, f in at.items()}
+    model, source = open_run(run, device)
     captioner = Captioner(model, GenerationConfig("beam", beams=3, max_new_tokens=MOST_TOKENS))
     samples = [source[number] for number in range(len(source))]
     texts = captioner.caption([decode_image(sample.image, name=sample.key) for sample in samples])
     said = dict(zip([sample.key for sample in samples], texts, strict=True))
     captions = evaluate_captions(said, source_references(source), name=str(run), draws=10)
-    return found | {"cider": captions.figures[CIDER].value}
-
-
-def _recipe(steps: int, start: str, precision: str) -> list[str]:
-    """What all models that are compared have in common."""
-    return [
-        *_steps(steps, precision), f"start={json.dumps([start])}", "loader.augment={}", "loader.captions={}",
-        # Short runs need a teacher that follows sooner, and its share of the targets from early on.
-        "train.teacher.decay=0.98", "train.teacher.ramp=0.25",
-    ]  # fmt: skip
-
-
-def _steps(steps: int, precision: str) -> list[str]:
-    return [
-        f"train.steps={steps}", f"train.precision={precision}", "train.evaluate_every=0", "train.save_every=100",
-        "train.keep=1", f"train.optim.warmup={max(1, steps // 10)}", "validation=[]", "loader.batch_size=48",
-    ]  # fmt: skip
+    return retrieval_figures(model, source) | {"cider": captions.figures[CIDER].value}
 
 
 def _prepare(out: Path, cell: Cell, seed: int, recipe: Sequence[str], tune: Sequence[str], device: str) -> list[str]:
     """The set that a cell is trained on, made if it isn't there."""
     wanted = next((one for one in SETS if one.name == cell.row), BOTH)
     folder = out / f"seed-{seed}"
-    config = CapfiltConfig(
-        (WEB,), (HUMAN,), model=str(folder / "med"), seed=seed, tune=tuple(tune), pretrain=(), shard_samples=500
-    )
+    config = CapfiltConfig((WEB,), (HUMAN,), model=str(folder / "med"), seed=seed, tune=tuple(tune), shard_samples=500)
     how = Execution(device=device, batch_size=64)
     with ranks(device) as here:
         changes = [*recipe, f"train.seed={seed}", "loader.captions.web=1"]
         train_once(load_config(run_kind("blip"), named_config("blip", "tiny"), changes), folder / "med", here)
-        both = folder / "capfilt" / _folder(BOTH)
+        both = folder / "capfilt" / folder_name(BOTH.name)
         if wanted != BOTH:  # captioner and filter are made once for all sets
             run_capfilt(BOTH.config(config), both, here, how=how, pretrain=False)
             config = replace(config, captioner=str(both / "captioner"), judge=str(both / "filter"))
-        made = run_capfilt(wanted.config(config), folder / "capfilt" / _folder(wanted), here, how=how, pretrain=False)
+        made = run_capfilt(
+            wanted.config(config), folder / "capfilt" / folder_name(wanted.name), here, how=how, pretrain=False
+        )
     return [f"data={json.dumps([str(made.data)])}"]
-
-
-def _folder(one: Rewritten) -> str:
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in one.name).split())

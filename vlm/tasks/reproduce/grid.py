@@ -39,8 +39,13 @@ class Cell:
     @property
     def folder(self) -> str:
         """Name of its runs' folders, before the seed."""
-        plain = "".join(letter if letter.isalnum() else "-" for letter in f"{self.row} {self.column}".lower())
-        return "-".join(part for part in plain.split("-") if part)
+        return folder_name(f"{self.row} {self.column}")
+
+
+def folder_name(text: str) -> str:
+    """The letters and figures of a text, in small letters, with hyphens for what stands between them."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in text.lower())
+    return "-".join(part for part in plain.split("-") if part)
 
 
 def run_grid(
