@@ -126,10 +126,18 @@ def test_the_plan_carries_words_to_patches() -> None:
     assert (build().word_patch_plan(pictures(1), texts([2])) == 0).all()  # a text without words
 
 
+def test_words_begin_in_the_size_that_is_set() -> None:
+    words = Vilt(replace(SMALL, word_size=10.0)).words
+    states = words.embed(torch.arange(10)[None])  # (1, 10, D)
+    close(states.std(dim=2, unbiased=False), torch.full((1, 10), 10.0), 0.1)
+
+
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match=r"unknown head 'vqaa' \(did you mean 'vqa'\?\)"):
         Vilt(replace(SMALL, heads=("vqaa",)))
     with pytest.raises(ConfigError, match="vqa head needs both"):
         Vilt(replace(SMALL, heads=("vqa",)))
+    with pytest.raises(ConfigError, match=r"word_size 0\.0 must be above 0"):
+        Vilt(replace(SMALL, word_size=0.0))
     with pytest.raises(ConfigError, match="patch_dropout must be 0"):
         Vilt(replace(SMALL, image=replace(IMAGE, patch_dropout=0.5)))

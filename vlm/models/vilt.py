@@ -39,6 +39,9 @@ class ViltConfig:
     """Longest text, in tokens."""
     token_types: int = 2
     """Rows of the words' token-type embedding, of which a single text uses row 0."""
+    word_size: float = 1.0
+    """What words' entries begin as, on average (their norm's weight): much smaller than those of trained patches, they
+    are lost among what the first layers add to them."""
     heads: tuple[str, ...] = ("itm", "mlm")
     """`itm` and `mlm` of pre-training; `rank` for retrieval, `vqa`, `nlvr2` of fine-tuned models."""
     answers: tuple[str, ...] = ()
@@ -88,6 +91,7 @@ class Vilt(nn.Module):
         self.config, image = config, config.image
         width, heads = image.width, config.heads
         self.words = Transformer(_word_config(config))
+        nn.init.constant_(self.words.embed_norm.weight, config.word_size)  # type: ignore[union-attr]
         self.image = ViT(image)
         self.modality = nn.Parameter(0.02 * torch.randn(2, width))  # of words, of patches
         self.pooler = nn.Linear(width, width)
@@ -287,6 +291,8 @@ def _check(config: ViltConfig) -> None:
             raise ConfigError(f"unknown head {head!r}{nearest(head, HEADS)}; choose from {', '.join(HEADS)}")
     if ("vqa" in config.heads) != bool(config.answers):
         raise ConfigError(f"heads {config.heads} and {len(config.answers)} answers: a vqa head needs both or neither")
+    if config.word_size <= 0:
+        raise ConfigError(f"word_size {config.word_size} must be above 0")
     weights = (config.itm_weight, config.mlm_weight, config.wpa_weight)
     if min(weights) < 0:
         raise ConfigError(f"itm_weight, mlm_weight and wpa_weight {weights} must be at least 0")
