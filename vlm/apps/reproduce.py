@@ -99,8 +99,10 @@ def _known(table: Path | None) -> list[dict[str, Any]]:
 
 
 def _write(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
+    from vlm.train.environment import surroundings
+
     if table is not None:
-        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), "results": results}
+        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **surroundings(), "results": results}
         write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))
         write_text(text, table.with_name(table.name + ".md"))
 

@@ -21,10 +21,13 @@ PACKAGES = ("vlm", "torch", "torchvision", "timm", "open_clip_torch", "transform
 
 def describe(fingerprint: str, samples: int) -> dict[str, Any]:
     """Data, package versions, machine and command of this run as JSON values."""
+    return {"data": fingerprint, "samples": samples, **surroundings(), "command": ["vlm", *sys.argv[1:]]}
+
+
+def surroundings() -> dict[str, Any]:
+    """Package versions and machine as JSON values."""
     cuda = torch.cuda.is_available()
     return {
-        "data": fingerprint,
-        "samples": samples,
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": {
@@ -34,7 +37,6 @@ def describe(fingerprint: str, samples: int) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if cuda else None,
             "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         },
-        "command": ["vlm", *sys.argv[1:]],
     }
 
 
