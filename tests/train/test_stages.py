@@ -213,7 +213,8 @@ def test_frozen_parts_without_a_start_are_told(
 
 def test_a_loss_alone_trains(folder: Path, tmp_path: Path) -> None:
     """ViLT by MLM alone; ALBEF without MLM, whose tokenizer then needs no [MASK]."""
-    train_stage(settings("vilt", folder, None, "model.heads=[mlm]"), tmp_path / "vilt", ALONE, progress=False)
+    alone = settings("vilt", folder, None, "model.heads=[mlm]", "model.mlm_weight=0.1")
+    train_stage(alone, tmp_path / "vilt", ALONE, progress=False)
     assert len(curve(tmp_path / "vilt", "mlm")) == 6
     line = read_metrics(tmp_path / "vilt" / "metrics.jsonl")[0]
     assert not {"itm", "wpa"} & set(line) and line["loss"] == pytest.approx(0.1 * line["mlm"])
