@@ -91,11 +91,14 @@ RESULTS = [
 ]
 
 
-@pytest.mark.parametrize("name", RESULTS)
-def test_figures_are_those_of_the_result_files(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [*((name, "python benchmarks/") for name in RESULTS), ("reproduce-albef", "vlm reproduce albef ")],
+)
+def test_figures_are_those_of_the_result_files(name: str, command: str) -> None:
     results = ROOT / "benchmarks" / "results"
     values = json.loads((results / f"{name}.json").read_text("utf-8"))
-    assert values["command"].startswith("python benchmarks/") and values["machine"]
+    assert values["command"].startswith(command) and values["machine"]
     rows = [line for line in (results / f"{name}.md").read_text("utf-8").splitlines() if line.startswith("| ")]
     assert len(rows) >= 2
     assert [row for row in rows if row not in README] == []
