@@ -11,7 +11,7 @@ from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest
 from vlm.weights.families import family
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
@@ -56,10 +56,7 @@ def load_folder(folder: Path) -> VisionLanguageModel:
         transform = ImageTransform.from_dict(settings["transform"])
     except (KeyError, ValidationError, TypeError) as error:
         raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({error})") from error
-    with torch.device("meta"):
-        network = kind.network(config)
-    network.to_empty(device="cpu")
-    assign(network, model_tensors(folder), where=str(folder / WEIGHTS))
+    network = build(lambda: kind.network(config), model_tensors(folder), where=str(folder / WEIGHTS))
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 
