@@ -16,6 +16,9 @@ from vlm.apps.common import Device, write_text
 app = typer.Typer(help="Repeat a paper's ablation in miniature.", no_args_is_help=True)
 
 Seeds = Annotated[str, typer.Option(help="Seeds joined by commas; at least three for an interval that says much.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")]
+Runs = Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")]
 Table = Annotated[
     Path | None,
     typer.Option(
@@ -31,15 +34,13 @@ def _group() -> None:
 
 @app.command()
 def albef(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")] = (
-        Path("runs/reproduce-albef")
-    ),
+    out: Runs = Path("runs/reproduce-albef"),
     seeds: Seeds = "0,1,2",
     noise: Annotated[str, typer.Option(help="Shares of shuffled captions, joined by commas.")] = "0,0.2,0.4",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 120,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Precision = "auto",
     table: Table = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
+    threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
     """ITM + MLM; + ITC; + hard negatives; + MoD, each with shuffled captions (ALBEF, table 1)."""
@@ -57,16 +58,14 @@ def albef(
 
 @app.command()
 def blip(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")] = (
-        Path("runs/reproduce-blip")
-    ),
+    out: Runs = Path("runs/reproduce-blip"),
     seeds: Seeds = "0,1,2",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model that is compared.")] = 100,
     tune_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of captioner and filter each.")] = 60,
     start: Annotated[str, typer.Option(help="Model of the stage before, which all models begin as.")] = "tiny-albef",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Precision = "auto",
     table: Table = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
+    threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
     """CapFilt: neither, filter, captioner, both; nucleus or beam; and what is shared (BLIP, tables 1 to 3)."""
@@ -100,9 +99,9 @@ def _known(table: Path | None) -> list[dict[str, Any]]:
 
 def _write(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
     if table is not None:
-        from vlm.train.environment import surroundings
+        from vlm.tasks.reproduce.grid import table_values
 
-        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **surroundings(), "results": results}
+        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **table_values(results)}
         write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))
         write_text(text, table.with_name(table.name + ".md"))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import WeightsError
+from vlm.errors import ConfigError, WeightsError
 from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
@@ -26,6 +27,9 @@ BASE = "base"
 """In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out."""
 MORE_ROWS = "@rows"
 """Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Configured(Protocol):
@@ -62,7 +66,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so that what isn't asked for (a teacher, a queue, an optimiser) isn't read; older files can't be.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
@@ -100,11 +105,47 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or {TORCH_WEIGHTS}")
 
 
+def build(make: Callable[[], Network], tensors: Mapping[str, Tensor], *, where: str) -> Network:
+    """A network of which these tensors become the weights, in their own type, without a second copy; all or nothing.
+
+    make: gives the network; nothing is drawn or stored for the weights that it begins with. Raises WeightsError where
+    its sizes can't be, and as `assign` does.
+    """
+    try:
+        with torch.device("meta"):
+            network = make()
+        if _needs_more(network):
+            network = make()
+            assign(network, tensors, where=where)
+            return network
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    _check_fit(network, tensors, where)
+    own = {name: value if value.is_floating_point() else value.float() for name, value in tensors.items()}
+    network.load_state_dict({name: value.contiguous() for name, value in own.items()}, assign=True, strict=False)
+    return network
+
+
+def _needs_more(network: nn.Module) -> bool:
+    """Whether stored tensors don't make a network whole that stands on the meta device."""
+    weights = [value for _, value in network.named_parameters(remove_duplicate=False) if value.is_meta]
+    tied = len(weights) > len({id(value) for value in weights})  # one weight under two names
+    buffers = {name for name, value in network.named_buffers() if value.is_meta}
+    return tied or bool(buffers - network.state_dict().keys())
+
+
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Copy tensors into a network, all or nothing.
 
     Raises one WeightsError that lists everything missing, unexpected or of the wrong shape.
     """
+    _check_fit(network, tensors, where)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            value.copy_(tensors[name])
+
+
+def _check_fit(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     own = network.state_dict()
     shapes = [
         f"{name} {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
@@ -117,9 +158,6 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> 
         unexpected=[name for name in tensors if name not in own],
         shapes=shapes,
     )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
 
 
 def save_model(

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import WeightsError
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.common_space import log_scale
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 from vlm.models.vqa import Vqa, VqaConfig, med_answer_decoder
 from vlm.weights.blip import ADDED, find_heads, find_sharing, is_vqa, unfit, unfit_vqa
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
     ACTS,
     FILTERS,
@@ -61,17 +62,13 @@ def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
     tensors = read_weights(folder)
     config = hf_blip_config(settings, tensors, where=where)
     kind = _kind(config)
-    try:
-        network: Any = kind.network(config)
-    except ConfigError as error:
-        raise WeightsError(f"{where}: {error}") from error
     twins = kind.twins(config)
     check_twins(tensors, twins, where=where)
     known = {key: value for key, value in tensors.items() if key not in twins}
     ours = to_ours(known, kind.rules(config), where=where, left_out=LEFT_OUT)
-    if "itc" in _heads(config):  # what only ranks has no temperature there
-        ours["log_scale"] = network.log_scale.detach()
-    assign(network, ours, where=where)
+    if isinstance(config, BlipConfig) and "itc" in config.heads:  # what only ranks has no temperature there
+        ours["log_scale"] = log_scale(config.logit_scale_init).detach()
+    network = build(lambda: kind.network(config), ours, where=where)
     tokenizer = read_tokenizer(folder, max_length=config.text.context_length, vocab_size=config.text.vocab_size)
     transform = _transform(folder, config.image.image_size)
     return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family=kind.family)

@@ -11,7 +11,7 @@ from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest
 from vlm.weights.families import family
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
@@ -23,18 +23,18 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def load(
-    name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name_or_path: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
     name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP
     repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or a
-    file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's or BLIP's. device: a GPU when there is
-    one, if None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every
-    tensor that doesn't fit.
+    file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's or BLIP's. device: ``auto`` for a GPU
+    when there is one. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists
+    every tensor that doesn't fit.
     """
     model = _found(str(name_or_path))
-    if device is None:
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(device, dtype or torch.float32)
@@ -56,10 +56,7 @@ def load_folder(folder: Path) -> VisionLanguageModel:
         transform = ImageTransform.from_dict(settings["transform"])
     except (KeyError, ValidationError, TypeError) as error:
         raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({error})") from error
-    with torch.device("meta"):
-        network = kind.network(config)
-    network.to_empty(device="cpu")
-    assign(network, model_tensors(folder), where=str(folder / WEIGHTS))
+    network = build(lambda: kind.network(config), model_tensors(folder), where=str(folder / WEIGHTS))
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 

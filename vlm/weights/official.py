@@ -17,7 +17,7 @@ from vlm.errors import WeightsError
 from vlm.files import write_file
 from vlm.weights.albef import ALBEF
 from vlm.weights.blip import BLIP, BLIP_VQA
-from vlm.weights.files import assign, read_tensors
+from vlm.weights.files import build, read_tensors
 from vlm.weights.layout import IMAGE, Layout, check_twins
 from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import refuse, to_ours, to_theirs
@@ -83,8 +83,7 @@ def read_official(path: Path, *, tensors: Mapping[str, Tensor] | None = None, tr
 def load_official(path: Path, *, name: str = "", tensors: Mapping[str, Tensor] | None = None) -> VisionLanguageModel:
     """The model of an official checkpoint, without its teacher and queue; arguments and errors as `read_official`."""
     found = read_official(path, tensors=tensors)
-    network: Any = found.layout.network(found.config)
-    assign(network, found.network, where=name or str(path))
+    network = build(lambda: found.layout.network(found.config), found.network, where=name or str(path))
     tokenizer = wordpiece(max_length=found.config.text.context_length)
     if tokenizer.vocab_size > found.config.text.vocab_size:
         raise WeightsError(

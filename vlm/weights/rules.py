@@ -123,8 +123,23 @@ def _cut(
 ) -> dict[str, Tensor]:
     if len(parts) == 1 and len(names) == 1:
         return {names[0]: parts[0] if shape is None else parts[0].reshape(shape)}
-    whole = torch.cat(list(parts))
-    unit, left = divmod(len(whole), sum(shares))
+    if any(part.dim() == 0 for part in parts):
+        raise RuntimeError("a single number has no rows to cut")
+    rows = sum(len(part) for part in parts)
+    unit, left = divmod(rows, sum(shares))
     if left:
-        raise RuntimeError(f"{len(whole)} rows can't be cut into {sum(shares)} equal parts")
-    return dict(zip(names, whole.split([unit * share for share in shares]), strict=True))
+        raise RuntimeError(f"{rows} rows can't be cut into {sum(shares)} equal parts")
+    pieces = list(reversed(parts))
+    return {name: _first_rows(pieces, unit * share) for name, share in zip(names, shares, strict=True)}
+
+
+def _first_rows(pieces: list[Tensor], rows: int) -> Tensor:
+    """Take so many rows off the pieces, the first of which comes last; copied only where several are joined."""
+    taken: list[Tensor] = []
+    while rows or not taken:
+        piece = pieces.pop()
+        if len(piece) > rows:
+            pieces.append(piece[rows:])
+        taken.append(piece[:rows])
+        rows -= len(taken[-1])
+    return taken[0] if len(taken) == 1 else torch.cat(taken)
