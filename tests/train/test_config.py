@@ -56,7 +56,8 @@ def test_refused(tmp_path, text, override, message):
 
 def test_named_configs():
     assert named_config("clip", "tiny").name == "clip-tiny.yaml"
-    with pytest.raises(ConfigError, match=r"'tny' \(did you mean 'tiny'\?\).*base, tiny"):
+    assert named_config("clip", "base-16").name == "clip-base-16.yaml"
+    with pytest.raises(ConfigError, match=r"'tny' \(did you mean 'tiny'\?\).*base, base-16, tiny"):
         named_config("clip", "tny")
     with pytest.raises(ConfigError, match="no such configuration file"):
         named_config("clip", "absent.yaml")
