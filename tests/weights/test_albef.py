@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import vlm
 from tests.weights.albef_reference import POSITIONS, SIZES, Reference, reference
 from tests.weights.facts import official
 from vlm.data.tokenizers import wordpiece
@@ -137,6 +138,23 @@ def test_what_doesn_t_fit_is_named(path, tmp_path, change, message):
     torch.save({"model": {name: value for name, value in tensors.items() if value is not None}}, tmp_path / "bad.pth")
     with pytest.raises(WeightsError, match=message):
         load_official(tmp_path / "bad.pth")
+
+
+def test_the_one_door_opens_pre_training_and_names_what_was_fine_tuned(theirs, path, tmp_path):
+    model = vlm.load(path, device="cpu")
+    assert (model.family, model.name) == ("albef", "ALBEF")
+    with torch.no_grad():
+        check(*ours_and_theirs(model.network, theirs))
+    # As fine-tuning writes them: an encoder without MLM's head, and for VQA a decoder beside it.
+    known = {n: v for n, v in read_tensors(path).items() if "_m." not in n and "queue" not in n}
+    encoder = {n.replace(".bert.", "."): v for n, v in known.items() if ".cls." not in n}
+    decoder = {n.replace("encoder", "decoder"): v for n, v in known.items() if n.startswith("text_encoder")}
+    towers = {n: v for n, v in encoder.items() if n.startswith(("visual_encoder", "text_encoder"))}
+    entailment = towers | {"cls_head.0.weight": torch.ones(128, 128)}
+    for name, tensors in {"retrieval": encoder, "entailment": entailment, "vqa": towers | decoder}.items():
+        torch.save({"model": tensors}, tmp_path / f"{name}.pth")
+        with pytest.raises(WeightsError, match=rf"{name}\.pth: a fine-tuned ALBEF, .*only the file of pre-training"):
+            vlm.load(tmp_path / f"{name}.pth", device="cpu")
 
 
 def test_a_teacher_with_two_embeddings_is_refused(path, tmp_path):
