@@ -27,7 +27,8 @@ def test_the_table_is_written_and_gone_on_with(run: Run, stubbed: None, tmp_path
     assert page in done.out and "| + MoD | 0% shuffled | 2 | - | - | - | - | 55.0 [-8.5, 118.5] |" in page
     values = json.loads((tmp_path / "table.json").read_text("utf-8"))
     assert len(values["results"]) == 8 and values["command"].startswith("vlm reproduce albef")
-    assert values["machine"]["cores"] and values["packages"]["torch"]
+    (place,) = values["surroundings"]
+    assert place["machine"]["cores"] and place["packages"]["torch"]
     again = run(*where, tmp_path / "b", "--seeds", "0,1,2")
     assert again.code == 0 and len(list((tmp_path / "b").iterdir())) == 4  # those of seed 2
     assert len(json.loads((tmp_path / "table.json").read_text("utf-8"))["results"]) == 12

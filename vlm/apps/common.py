@@ -35,14 +35,13 @@ def load_model(name: str, device: str) -> Any:
     from vlm.weights.load import load
     from vlm.weights.shipped import shipped
 
-    place = None if device == "auto" else pick_device(device)
     if name in (DEFAULT_MODEL, DEFAULT_CAPTIONER) and not Path(name).exists() and name not in shipped():
         stage = name.removeprefix("tiny-")
         raise WeightsError(
             f"{name} isn't in this checkout; train it with `vlm train {stage} --config tiny --out runs/{name}` and "
             f"give `--model runs/{name}`, or name another model (`vlm models` says which)"
         )
-    return load(name, device=place)
+    return load(name, device=pick_device(device))
 
 
 def read_labels(labels: str, labels_file: Path | None) -> list[str]:

@@ -100,9 +100,9 @@ def _known(table: Path | None) -> list[dict[str, Any]]:
 
 def _write(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
     if table is not None:
-        from vlm.train.environment import surroundings
+        from vlm.tasks.reproduce.grid import table_values
 
-        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **surroundings(), "results": results}
+        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **table_values(results)}
         write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))
         write_text(text, table.with_name(table.name + ".md"))
 

@@ -16,17 +16,13 @@ from vlm.data.augment import Augment, augment
 from vlm.data.batch import Batch
 from vlm.data.captions import CaptionVariation, first_caption, vary
 from vlm.data.images import decode_image
-from vlm.data.samples import OWN, caption_id, stable_id
+from vlm.data.samples import OWN, UNREADABLE, caption_id, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform, pad_pictures
 from vlm.errors import ConfigError, DataError, check_least
 
 logger = logging.getLogger("vlm.data")
-
-
-UNREADABLE = "picture that can't be decoded (each showing counted)"
-"""The reason under which a source's `problems` count what was skipped here."""
 
 
 @dataclass(frozen=True)

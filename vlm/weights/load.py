@@ -23,18 +23,18 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def load(
-    name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name_or_path: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
     name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP
     repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or a
-    file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's or BLIP's. device: a GPU when there is
-    one, if None. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists every
-    tensor that doesn't fit.
+    file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's or BLIP's. device: ``auto`` for a GPU
+    when there is one. dtype: of the weights; fp32 if None. Raises WeightsError that says what was expected, and lists
+    every tensor that doesn't fit.
     """
     model = _found(str(name_or_path))
-    if device is None:
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(device, dtype or torch.float32)
