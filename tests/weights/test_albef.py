@@ -22,6 +22,7 @@ from vlm.weights.official import export_official, layout_of, load_official, read
 from vlm.weights.rules import to_ours
 
 TEXTS = ["a cat", "two dogs in a wood, late at night", "a red [MASK]"]
+QUERY = "text_encoder.bert.encoder.layer.0.attention.self.query.weight"
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,10 @@ def test_a_checkpoint_without_its_teacher_is_for_use_only(path, tmp_path):
     [
         ({"itm_head.bias": None}, "1 missing: itm_head.bias"),
         ({"extra.weight": torch.ones(2)}, "1 unexpected: extra.weight"),
+        (
+            {"itm_head.bias": None, QUERY: torch.ones(3, 5)},
+            rf"1 missing: itm_head\.bias\n  1 of the wrong shape: {QUERY} \(3, 5\)",
+        ),
         ({"vision_proj.bias": torch.ones(3)}, r"image_projection.bias \(3,\), expected \(40,\)"),
         ({"temp": None}, "1 missing: temp"),
         ({"text_encoder.cls.predictions.decoder.bias": torch.ones(30522)}, r"decoder\.bias differs from"),
