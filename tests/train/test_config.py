@@ -43,6 +43,8 @@ def test_yaml_and_overrides(tmp_path):
         ("train: {ema: 1.0}", None, r"train\.ema is a decay"),
         ("train: {optim: {lr: -1}}", None, r"train\.optim\.lr must be at least 0"),
         ("train: {optim: {betas: [0.9, 1.0]}}", None, r"train\.optim\.betas"),
+        ("train: {teacher: {decay: 1}}", None, r"train\.teacher\.decay must be below 1, got 1\.0$"),
+        ("train: {teacher: {alpha: 1.5}}", None, r"train\.teacher\.alpha is a share and must be at most 1, got 1\.5$"),
         ("- a", None, "expected sections"),
         ("a: [", None, "not valid YAML"),
     ],
