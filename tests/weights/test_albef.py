@@ -177,6 +177,13 @@ def test_queues_of_other_shapes_are_named(path, tmp_path):
         read_official(tmp_path / "bad.pth", training=True)
 
 
+@pytest.mark.parametrize("place", [[6], [-1], [1, 2]])
+def test_a_pointer_beside_the_queue_is_refused(path, tmp_path, place):
+    torch.save({"model": read_tensors(path) | {"queue_ptr": torch.tensor(place)}}, tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=rf"queue_ptr is {re.escape(str(place))}, expected a row of .*, 0 to 5"):
+        read_official(tmp_path / "bad.pth", training=True)
+
+
 def test_networks_that_the_official_code_can_t_hold_are_refused(path, tmp_path):
     model = load_official(path)
     config = replace(model.network.config, image_pool="mean", text_pool="mean", projection_bias=False)
