@@ -54,7 +54,8 @@ def test_damaged_files(tmp_path, suffix):
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     assert torch.equal(read_tensors(path)["weight"], tensors["weight"])
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"\x00" * 500):
+    garbage = (b"", b"hi", b"a", b".", b"G", b"}]Ns.", b"co:\xcf\n", b"a plain text\n", b"\x00" * 500, b"\x80\x02h")
+    for content in (whole[: len(whole) // 2], *garbage):
         path.write_bytes(content)
         with pytest.raises(WeightsError, match=f"model{suffix}: (damaged|holds)"):
             read_tensors(path)

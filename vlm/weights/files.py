@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,10 @@ from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
+DAMAGED = (
+    SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
+"""What reading a file that is no checkpoint raises: torch takes any bytes for a pickle, and stumbles anyhow."""
 BASE = "base"
 """In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out."""
 MORE_ROWS = "@rows"
@@ -73,13 +78,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
             "save its state dict as safetensors, or get a version that is"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except DAMAGED as error:
         if "TorchScript" in str(error):
             raise WeightsError(
                 f"{path}: a TorchScript program, which isn't run here; its weights come with "
                 "open_clip:ARCH/openai (such as open_clip:ViT-B-32/openai), or save its state dict as safetensors"
             ) from error
-        raise WeightsError(f"{path}: damaged or not a checkpoint ({str(error)[:200]}); fetch it again") from error
+        raise WeightsError(f"{path}: damaged or not a checkpoint ({error!r:.200}); fetch it again") from error
     for name in ("state_dict", "model", "module"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]

@@ -155,7 +155,10 @@ def _training(
     if image.shape != text.shape or image.ndim != 2 or len(image) != config.embed_dim:
         found = f"{QUEUE['image']} {tuple(image.shape)}, {QUEUE['text']} {tuple(text.shape)}"
         refuse(where, shapes=[f"{found}, expected ({config.embed_dim}, Q) twice"])
-    return Training({**student, **teacher}, image.T.contiguous(), text.T.contiguous(), int(tensors[pointer]))
+    place, rows = tensors[pointer], image.shape[1]
+    if place.numel() != 1 or not 0 <= place.item() < rows:
+        raise WeightsError(f"{where}: {pointer} is {place.tolist()}, expected a row of the queue, 0 to {rows - 1}")
+    return Training({**student, **teacher}, image.T.contiguous(), text.T.contiguous(), int(place))
 
 
 def _repeated(tensors: Mapping[str, Tensor], layout: Layout, config: Any, suffix: str) -> dict[str, Tensor]:

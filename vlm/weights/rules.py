@@ -66,8 +66,8 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Rename, join and cut foreign tensors into ours.
 
-    left_out: patterns of names that are not needed, on purpose. Raises WeightsError that lists what is missing
-    and what no rule knows, or whose shape can't be cut as the rules say.
+    left_out: patterns of names that are not needed, on purpose. Raises one WeightsError that lists what is missing,
+    what no rule knows, and whose shape can't be cut as the rules say.
     """
     listed = list(rules)
     wanted = [name for rule in listed for name in rule.theirs]
@@ -75,7 +75,7 @@ def to_ours(
     skipped = [re.compile(pattern) for pattern in left_out]
     known = set(wanted)
     unexpected = [name for name in tensors if name not in known and not any(skip.fullmatch(name) for skip in skipped)]
-    refuse(where, missing=missing, unexpected=unexpected)
+    listed = [rule for rule in listed if set(rule.theirs).isdisjoint(missing)]
     out: dict[str, Tensor] = {}
     shapes = []
     for rule in listed:
@@ -87,7 +87,7 @@ def to_ours(
             found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(rule.theirs, parts, strict=True))
             wanted_shape = f" {rule.shape}" if rule.shape else ""
             shapes.append(f"{found}, which can't become {', '.join(rule.ours)}{wanted_shape}")
-    refuse(where, shapes=shapes)
+    refuse(where, missing=missing, unexpected=unexpected, shapes=shapes)
     return out
 
 

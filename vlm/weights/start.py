@@ -20,6 +20,7 @@ from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import FRESH, decoder_names, layer_names, med_layers, med_sources, text_layers
 from vlm.weights.official import Training, read_official
+from vlm.weights.refit import refit
 from vlm.weights.rules import to_ours
 from vlm.weights.shipped import model_tensors, shipped_folder
 
@@ -127,11 +128,12 @@ def start_parts(network: nn.Module, given: Mapping[str, Tensor], *, where: str, 
 
     given: that network's tensors, in our names. The text tower's layers may differ in number, and its
     cross-attention begins afresh where there was none: see `vlm.weights.keymaps.stages`. start_id: of the text's
-    first token, as which [ENC] and [DEC] begin where they are new. Raises WeightsError when no tower is shared, or
-    a shared part has another shape.
+    first token, as which [ENC] and [DEC] begin where they are new. Image positions and the common space are fitted,
+    see `vlm.weights.refit`. Raises WeightsError when no tower is shared, or another shared part has another shape.
     """
     own = network.state_dict()
     tensors = _as_med(network, given, start_id, where) if _is_med(network) else _as_ours(network, given, where)
+    tensors = refit(tensors, own, given=given, where=where)
     names = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):
