@@ -249,9 +249,7 @@ def _check(config: QFormerConfig) -> None:
             f"{list(range(0, text.layers, 2))}"
         )
     if text.norm != "post" or text.causal or text.self_routes != ("text",):
-        raise ConfigError(
-            "a Q-Former's text has norm post, causal false, self_routes [text]: masks say what is seen"
-        )
+        raise ConfigError("a Q-Former's text has norm post, causal false, self_routes [text]: masks say what is seen")
     if not text.vocab_size and (config.speaks or config.instructed):
         raise ConfigError("text.vocab_size 0 leaves no words: speaks and instructed must be false then")
     if config.speaks and not 0 <= config.dec_id < text.vocab_size:
