@@ -24,6 +24,7 @@ STAGES = {
     "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower.",
     "albef": "Train ALBEF (ITC, ITM, MLM, momentum distillation), from a CLIP.",
     "blip": "Train BLIP (ITC, ITM, LM with a teacher for ITC), from an ALBEF or a CLIP.",
+    "blip2": "Train BLIP-2's first stage (ITC, ITM, ITG of a Q-Former on frozen images), from a CLIP and a BERT.",
 }
 SEVERAL = "Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train {} ..."
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.data.batch import KINDS, Batch
+from vlm.data.features import FeatureStore
 from vlm.data.loader import LoaderConfig, make_loader, steps_per_epoch
 from vlm.data.sources import open_source
 from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
@@ -24,6 +25,7 @@ from vlm.train.distributed import Ranks, wait
 from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
+from vlm.train.features import features_of_run
 from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
 from vlm.weights.official import Training
@@ -79,6 +81,8 @@ class RunConfig(Generic[M]):
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    features: str = ""
+    """Folder of `vlm data features`: what the frozen image encoder made of `data`, trained on instead of pictures."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -146,16 +150,15 @@ def train_stage(
     torch.manual_seed(config.train.seed)
     network = _untrained(config, stage)
     taught = _begin(network, config) if before is None else None
-    for part in network.children():
-        if hasattr(part, "checkpointing"):
-            part.checkpointing = config.checkpointing  # type: ignore[assignment]
+    _set_checkpointing(network, config.checkpointing)
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
     hides = _hides(network, tokenizer, config)
+    features: FeatureStore | None = None
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
             source, loader, tokenizer=tokenizer, transform=transform, epoch=epoch, skip_samples=skip,
-            rank=here.rank, ranks=here.count,
+            rank=here.rank, ranks=here.count, features=features,
         )  # fmt: skip
         hide = dataclasses.asdict(config.masking)
         return masked(made, tokenizer, **hide, seed=config.train.seed, epoch=epoch) if hides else made
@@ -175,6 +178,7 @@ def train_stage(
     del taught  # a second copy of the network
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
+    features = features_of_run(config.features, network, transform, source, loader.augment)
     if here.first and resume:
         go_on(run, to_yaml(config), finished=before == trainer.steps)
     elif here.first:
@@ -184,6 +188,14 @@ def train_stage(
     position = trainer.fit()
     trainer.checkpoints.publish(run / "model")
     return position
+
+
+def begun_network(config: RunConfig[Any]) -> nn.Module:
+    """The stage's network with the weights that a run begins with. Raises as `train_stage`."""
+    torch.manual_seed(config.train.seed)
+    network = _untrained(config, family_name(config.model))
+    _begin(network, config)
+    return network
 
 
 def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
@@ -198,6 +210,12 @@ def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
             f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
         )
     return network
+
+
+def _set_checkpointing(network: nn.Module, enabled: bool) -> None:
+    for part in network.children():
+        if hasattr(part, "checkpointing"):
+            part.checkpointing = enabled  # type: ignore[assignment]
 
 
 def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> bool:
@@ -215,7 +233,8 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     student's copy.
     """
     frozen = tuple(config.train.optim.freeze)
-    chosen = {n: p for n, p in network.named_parameters() if frozen and n.startswith(frozen) and p.dim() > 1}
+    kept = ((n, p) for n, p in network.named_parameters() if not p.requires_grad or n.startswith(frozen))
+    chosen = {name: parameter for name, parameter in kept if parameter.dim() > 1}
     random = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     taught: Training | None = None
     for start in config.start:
@@ -223,7 +242,7 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
     if left:
         logger.warning(
-            "train.optim.freeze keeps %d matrices that no start gave weights, %s first: they stay random",
+            "%d matrices are frozen that no start gave weights, %s first: they stay random",
             len(left),
             left[0],
         )
