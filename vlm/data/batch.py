@@ -67,7 +67,7 @@ class Tokens(Mapping[str, Tensor]):
 KINDS = ("concept", "caption", "text", "picture")
 """What the ids of a row are hashes of: the concept, the caption that was drawn, the text made of it, and the file of
 the picture. Rows that share one say or show the same."""
-TENSORS = ("pixels", "tokens", "ids", "masked_ids", "labels", "pixel_mask")
+TENSORS = ("pixels", "tokens", "ids", "masked_ids", "labels", "pixel_mask", "given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,10 @@ class Batch:
 
     pixel_mask: Tensor | None = None
     """(B, H, W) bool, true on pixels that aren't padding; None where all pictures fill theirs."""
+
+    given: Tensor | None = None
+    """(B,) int64 leading tokens of each text that are read and not said, such as a prompt's or a question's, the start
+    token counted; None for it alone."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -141,6 +145,8 @@ class Batch:
             found |= {"masked_ids": self.masked_ids[cut, :length], "labels": self.labels[cut, :length]}
         if self.pixel_mask is not None:
             found |= {"pixel_mask": self.pixel_mask[cut]}
+        if self.given is not None:
+            found |= {"given": self.given[cut]}
         return replace(self, **found)
 
     def _changed(self, change: Callable[[Any], Any]) -> Batch:
