@@ -45,4 +45,5 @@ def pack_linears(network: nn.Module) -> int:
 
 
 def _packable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    # A weight in few bits says that it is fp32 too, but is a tensor of a class of its own.
+    return type(tensor) is nn.Parameter and tensor.device.type == "cpu" and tensor.dtype == torch.float32
