@@ -88,8 +88,8 @@ def with_captions(
 ) -> dict[str, Any]:
     """A copy of a sample's JSON with ``captions`` as a list of non-empty texts, duplicates removed.
 
-    Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`. Where there is
-    a ``question``, its ``answers`` or ``answer`` come first, and ``pairs`` lists [question, answer].
+    Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`. Where
+    there is a ``question``, its ``answers`` or ``answer`` come first, and ``pairs`` lists [question, answer].
     report: called with what was left out on the way, in words.
     Raises ValueError when it isn't an object or holds no text.
     """

@@ -45,7 +45,7 @@ class LlmConfig:
     width: int = 576
     """Features of its tokens."""
     weights: Literal["fp32", "bf16", "fp16", "int8", "nf4"] = "fp32"
-    """How its weights are held: int8 through torchao, nf4 (4 bits) through bitsandbytes, on devices that they support."""
+    """How its weights are held: int8, or nf4 (4 bits) by bitsandbytes on CUDA GPUs."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Rows(Protocol):
     @property
     def pixels(self) -> Tensor:
         """(b, 3, H, W) normalised pixels."""
+
+    @property
+    def seen(self) -> Tensor | None:
+        """(b, N, width) states of the image encoder, made before; None to look at `pixels`."""
 
     @property
     def tokens(self) -> Mapping[str, Tensor]:
@@ -167,7 +171,8 @@ class Blip2Llm(nn.Module):
             return Encoded({}, {}, {})
         ids, mask = batch.tokens["input_ids"], batch.tokens["attention_mask"].bool()
         labels = self._labels(batch)  # (b, L - 1)
-        logits = self.speaker.logits(self.visual_prompt(batch.pixels), ids[:, :-1], mask[:, :-1], batch.given)
+        seen = self.look(batch.pixels) if batch.seen is None else batch.seen
+        logits = self.speaker.logits(self.read(seen), ids[:, :-1], mask[:, :-1], batch.given)
         said = labels != IGNORED
         chosen, truth = logits[said], labels[said]  # (M, V), (M,)
         return {

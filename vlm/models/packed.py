@@ -45,5 +45,4 @@ def pack_linears(network: nn.Module) -> int:
 
 
 def _packable(tensor: Tensor) -> bool:
-    # A weight in few bits says that it is fp32 too, but is a tensor of a class of its own.
-    return type(tensor) is nn.Parameter and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32

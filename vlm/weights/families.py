@@ -12,6 +12,7 @@ from vlm.errors import WeightsError, nearest
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.albef_heads import ClassifierConfig, classifier
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.vilt import Vilt, ViltConfig
@@ -37,6 +38,7 @@ FAMILIES = {
     "vilt": Family(ViltConfig, Vilt),
     "albef": Family(AlbefConfig, Albef),
     "blip": Family(BlipConfig, Blip),
+    "blip2": Family(Blip2Config, Blip2),
     "blip2-llm": Family(Blip2LlmConfig, Blip2Llm, complete),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "vqa": Family(VqaConfig, Vqa),

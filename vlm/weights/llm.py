@@ -1,4 +1,4 @@
-"""Language models for stage 5: found, read, hashed, held in fewer bits; a GGUF file is converted once into the cache."""
+"""Language models for stage 5: found, read, hashed, held in few bits; GGUF files are converted once into the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm.data.cache import ADVICE, cache_dir
-from vlm.data.llm_tokenizer import VOCABULARY, special_ids
+from vlm.data.llm_tokenizer import SPECIAL, VOCABULARY, special_ids
 from vlm.data.tokenizers import Tokenizer, llm_tokenizer
 from vlm.errors import WeightsError
 from vlm.files import make_once
@@ -81,7 +81,7 @@ def load_llm_tokenizer(name: str, *, max_length: int = 256) -> Tokenizer:
             ) from error
     else:
         content = (folder / VOCABULARY).read_bytes()
-    files = {VOCABULARY: content, "special_ids.json": special_ids(**_special(folder, name))}
+    files = {VOCABULARY: content, SPECIAL: special_ids(**_special(folder, name))}
     return llm_tokenizer(folder / VOCABULARY, max_length=max_length, files=files)
 
 

@@ -1,4 +1,4 @@
-"""Weights of a frozen network in 8 or 4 bits, by the libraries that can."""
+"""Weights of a frozen network in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -9,38 +9,31 @@ import torch
 from torch import nn
 
 from vlm.errors import WeightsError
-
-NEEDED = {"int8": "torchao", "nf4": "bitsandbytes"}
+from vlm.models.int8 import hold_in_int8
 
 
 def hold_in_few_bits(network: nn.Module, kind: str) -> None:
-    """Replace a network's linear layers, its head excepted, by ones with weights in `int8` or `nf4`, in place.
+    """Replace a language model's linear layers, its head excepted, by ones with `int8` or `nf4` weights, in place.
 
-    int8 (torchao, weight only, a scale for each row) works on CPUs and GPUs; nf4 (bitsandbytes, arXiv 2305.14314 §3)
-    on CUDA GPUs: its bits are packed when the network moves there. Raises WeightsError where that can't be done here.
+    int8 works on every device, without a library: torchao does the same, but once it is installed transformers imports
+    it, which takes seconds, with every model. nf4 (4 bits, arXiv 2305.14314 §3) comes from bitsandbytes, on CUDA GPUs:
+    weights are packed when the network moves there. Raises WeightsError where that can't be done here.
     """
-    package = NEEDED[kind]
-    if importlib.util.find_spec(package) is None:
-        raise WeightsError(f"llm.weights {kind} needs {package}: pip install {package}, or set llm.weights to bf16")
+    # A head is often tied to the embedding, in which rows are looked up.
+    head = network.get_output_embeddings()  # type: ignore[operator]
     if kind == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        head = network.get_output_embeddings()  # type: ignore[operator]
-        # A head is often tied to the embedding, in which rows are looked up.
-        quantize_(network, Int8WeightOnlyConfig(), filter_fn=lambda one, _: type(one) is nn.Linear and one is not head)
-        network.requires_grad_(False)
+        hold_in_int8(network, but=head)
         return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise WeightsError("llm.weights nf4 needs bitsandbytes: pip install bitsandbytes, or set llm.weights to int8")
     if not torch.cuda.is_available():
-        raise WeightsError(
-            "llm.weights nf4: bitsandbytes packs 4 bits on CUDA GPUs, and there is none; use int8 or bf16"
-        )
-    _to_nf4(network)
+        raise WeightsError("llm.weights nf4: bitsandbytes packs 4 bits on CUDA GPUs, none is here; use int8 or bf16")
+    _to_nf4(network, head)
 
 
-def _to_nf4(network: nn.Module) -> None:
+def _to_nf4(network: nn.Module, head: nn.Module) -> None:
     import bitsandbytes as bnb
 
-    head = network.get_output_embeddings()  # type: ignore[operator]
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head:
