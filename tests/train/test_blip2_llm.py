@@ -16,12 +16,13 @@ from tests.models.small_llm import IMAGE, QUERIES, llm_folder
 from tests.tasks.small import WORDS, random_model
 from tests.train.small import ALONE, forget_last, spawn
 from vlm.apps.cli import app
-from vlm.errors import WeightsError
+from vlm.errors import ConfigError, WeightsError
 from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.qformer import QFormerConfig
 from vlm.train.config import load_config, named_config
+from vlm.train.features import compute_features
 from vlm.train.metrics import read_metrics
-from vlm.train.run import read_run_config, run_kind, train_stage
+from vlm.train.run import begun_network, make_transform, read_run_config, run_kind, train_stage
 from vlm.weights.files import read_json, read_tensors
 from vlm.weights.llm import weights_hash
 from vlm.weights.loaded import VisionLanguageModel
@@ -137,6 +138,18 @@ def test_micro_batches_and_lora(folder: Path, llm: Path, first: Path, tmp_path: 
     assert any(value.abs().sum() > 0 for name, value in held.items() if "lora_B" in name)
     network = vlm.load(tmp_path / "one", device="cpu").network
     assert all(torch.equal(value, held[name]) for name, value in network.state_dict().items())
+
+
+def test_kept_features_train_the_same(folder: Path, llm: Path, first: Path, tmp_path: Path) -> None:
+    plain = settings(folder, llm, first, "loader.augment={}")
+    train_stage(plain, tmp_path / "pictures", ALONE, progress=False)
+    network, kept = begun_network(plain), tmp_path / "features"
+    compute_features(network, make_transform(plain), plain.data, kept, device=torch.device("cpu"), workers=0)
+    train_stage(replace(plain, features=str(kept)), tmp_path / "kept", ALONE, progress=False)
+    assert curve(tmp_path / "kept") == pytest.approx(curve(tmp_path / "pictures"), abs=1e-5)
+    lora = settings(folder, llm, first, "loader.augment={}", "model.lora={rank: 2, targets: {image: [qkv]}}")
+    with pytest.raises(ConfigError, match="changes with each step"):
+        train_stage(replace(lora, features=str(kept)), tmp_path / "lora", ALONE, progress=False)
 
 
 def in_two(here, folder: str, llm: str, first: str, run: str, parallel: str) -> None:
