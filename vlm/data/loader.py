@@ -17,6 +17,8 @@ from vlm.data.batch import Batch
 from vlm.data.captions import CaptionVariation, first_caption, vary
 from vlm.data.features import FeatureStore
 from vlm.data.images import decode_image
+from vlm.data.plan import plan, shuffled_texts
+from vlm.data.prompts import Prompts, asked
 from vlm.data.rows import Row, Unreadable, collate
 from vlm.data.samples import OWN, UNREADABLE, stable_id
 from vlm.data.sources import Source
@@ -55,42 +57,6 @@ class LoaderConfig:
             raise ConfigError("loader.max_length must be 0 (the tokenizer's own) or at least 2 (start and end token)")
 
 
-def plan(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, bucket_batches: int = 1) -> list[np.ndarray]:
-    """The global batches of an epoch, each sample in exactly one of them.
-
-    A permutation by (seed, epoch) is cut into runs of `bucket_batches` batches; each run is sorted by length
-    and cut, and its batches are shuffled. The last batch is smaller where the size doesn't divide n; when it
-    would hold fewer than half a batch it joins the one before, since a contrast over a few rows says little.
-    Raises ConfigError when the size is below 1.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"loader.batch_size must be at least 1, got {batch_size}")
-    generator = np.random.default_rng((seed, epoch))
-    order = generator.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    run = batch_size * max(1, bucket_batches)
-    for start in range(0, len(order), run):
-        part = order[start : start + run]
-        if bucket_batches > 1:
-            part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    small = [batch for batch in batches if len(batch) < batch_size]
-    whole = [batch for batch in batches if len(batch) == batch_size]
-    if small and whole and len(small[0]) < batch_size / 2:
-        whole[-1] = np.concatenate([whole[-1], small.pop()])
-    whole = whole + small
-    return [whole[number] for number in generator.permutation(len(whole))]
-
-
-def shuffled_texts(samples: int, share: float, *, seed: int) -> dict[int, int]:
-    """Samples that get another's texts, and whose: a share of them, passed on in a circle of random order."""
-    count = round(share * samples)
-    if count < 2:
-        return {}
-    chosen = np.random.default_rng((seed, samples)).permutation(samples)[:count]
-    return dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
-
-
 def steps_per_epoch(samples: int, config: LoaderConfig) -> int:
     """Batches that `plan` gives, without making it."""
     whole, rest = divmod(samples, config.batch_size)
@@ -107,6 +73,7 @@ def make_loader(
     skip_samples: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    prompts: Prompts | None = None,
     features: FeatureStore | None = None,
 ) -> Iterable[Batch]:
     """This rank's training batches of an epoch, from after the first `skip_samples` of it.
@@ -115,6 +82,7 @@ def make_loader(
     Order, text and picture of a sample depend on (seed, epoch, sample) alone.
     skip_samples: a batch's `consumed`; any number of ranks and workers goes on from there without repeating or
     losing a sample, as long as seed, batch_size and bucket_batches are the same.
+    prompts: what texts begin with, for a stage that says them.
     features: of the source's pictures, which are then neither read nor decoded; texts are drawn as without them.
 
     The place of a picture that can't be decoded goes to the next readable one of the rank's rows, else of the
@@ -146,7 +114,7 @@ def make_loader(
             source.name, epoch, skip_samples,
         )  # fmt: skip
     work = [(batch, end) for batch, end in zip(batches, ends, strict=True) if end > skip_samples]
-    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks, features)
+    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks, prompts, features)
     return _reported(_started(maker, config.workers), source, training=True)
 
 
@@ -158,8 +126,9 @@ def evaluation_batches(
     batch_size: int = 64,
     workers: int = 0,
     limit: int | None = None,
+    prompts: Prompts | None = None,
 ) -> Iterable[Batch]:
-    """All samples, or the first `limit`, in order, unchanged, with their first captions.
+    """All samples, or the first `limit`, in order, unchanged, with their first captions (questions, with `prompts`).
 
     Pictures that can't be decoded are left out, warned about once and counted in the source's `problems`.
     Raises DataError when the source is empty.
@@ -170,7 +139,7 @@ def evaluation_batches(
         raise ConfigError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}")
     stop = len(source) if limit is None else min(limit, len(source))
     work = [list(range(start, min(start + batch_size, stop))) for start in range(0, stop, batch_size)]
-    maker = _EvaluationBatches(source, tokenizer, transform, work)
+    maker = _EvaluationBatches(source, tokenizer, transform, work, prompts)
     return _reported(_started(maker, workers), source, training=False)
 
 
@@ -187,11 +156,12 @@ class _TrainingBatches(Dataset[Batch | Unreadable]):
         work: list[tuple[np.ndarray, int]],
         rank: int,
         ranks: int,
+        prompts: Prompts | None,
         features: FeatureStore | None,
     ) -> None:
         self.features = features
         self.source, self.config, self.tokenizer, self.transform = source, config, tokenizer, transform
-        self.epoch, self.work, self.rank, self.ranks = epoch, work, rank, ranks
+        self.epoch, self.work, self.rank, self.ranks, self.prompts = epoch, work, rank, ranks, prompts
         self.foreign = shuffled_texts(len(source), config.shuffled, seed=config.seed)
 
     def __len__(self) -> int:
@@ -236,18 +206,23 @@ class _TrainingBatches(Dataset[Batch | Unreadable]):
         # Nobody knows that a foreign text is one: the sample stands for itself, not for its picture's concept.
         concept = self.source.concepts[number] if other is None else f"{OWN}{key}"
         text, caption = vary(meta, rng, self.config.captions)
+        prompt, answer, cut = asked(meta, text, self.prompts, rng)
         if image is not None:
             # The picture must also stay a positive of its other captions.
-            said = "; ".join([text, *meta["captions"]])
+            said = "; ".join([text, *meta["captions"], prompt])
             seen = self.transform.normalise(augment(self.transform.fit(image), said, self.config.augment, rng))
-        return Row(key, concept, picture, seen, text, caption)
+        return Row(key, concept, picture, seen, text, caption, prompt, answer, cut)
 
 
 class _EvaluationBatches(Dataset[Batch | Unreadable]):
     """Makes the batch with a number, unchanged pictures and first captions."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]]) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]],
+        prompts: Prompts | None,
+    ) -> None:  # fmt: skip
         self.source, self.tokenizer, self.transform, self.work = source, tokenizer, transform, work
+        self.prompts = prompts
 
     def __len__(self) -> int:
         return len(self.work)
@@ -262,7 +237,8 @@ class _EvaluationBatches(Dataset[Batch | Unreadable]):
                 skipped.append(str(error))
                 continue
             text = first_caption(sample.meta)
-            rows.append(Row(sample.key, self.source.concepts[place], stable_id(sample.image), pixels, text, text))
+            own, kept = stable_id(sample.image), asked(sample.meta, text, self.prompts, None)
+            rows.append(Row(sample.key, self.source.concepts[place], own, pixels, text, text, *kept))
         if not rows:
             return Unreadable(tuple(skipped))
         return collate(rows, self.tokenizer, self.transform, 0, self.work[number][-1] + 1, skipped)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vlm.data.batch import Batch
+from vlm.data.prompts import tokenised
 from vlm.data.samples import caption_id, stable_id
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform, pad_pictures
@@ -26,6 +27,12 @@ class Row:
     text: str
     caption: str
     """What the text was made of."""
+    prompt: str = ""
+    """What a model reads before it says the text."""
+    said: str = ""
+    """What it says: the text, or an answer in its place."""
+    cut: float = 0.0
+    """Share of that which is given and isn't said either."""
 
     @property
     def ids(self) -> list[int]:
@@ -56,13 +63,17 @@ def collate(
     else:
         # Ranks and micro-batches exchange pictures, so that all have a mask or none has.
         pixels, pixel_mask = pad_pictures(images, masked=transform.resize == "fit")
+    tokens, given = tokenised(
+        tokenizer, [(row.prompt, row.said or row.text, row.cut) for row in rows], max_length=limit
+    )
     return Batch(
         pixels,
-        tokenizer([row.text for row in rows], max_length=limit),
+        tokens,
         torch.tensor([row.ids for row in rows], dtype=torch.int64),
         tuple(row.key for row in rows),
         consumed,
         tuple(skipped),
         pixel_mask=pixel_mask,
+        given=given,
         seen=seen,
     )

@@ -35,8 +35,10 @@ def encoded_by(network: Any, transform: ImageTransform, source: Source) -> Encod
     if not hasattr(network, "look"):
         raise ConfigError(
             f"features: a {type(network).__name__} trains its image encoder, so that what it sees changes with each "
-            "step; only stages with a frozen one (blip2) can train on features"
+            "step; only stages with a frozen one (blip2, blip2-llm) can train on features"
         )
+    if any(parameter.requires_grad for parameter in network.image.parameters()):
+        raise ConfigError("features: with lora on the image encoder what it sees changes with each step; leave one out")
     settings = json.dumps(transform.to_dict(), sort_keys=True)
     preprocessing = hashlib.sha256(settings.encode()).hexdigest()
     return Encoded(encoder_digest(network.image), preprocessing, source.fingerprint(), len(source))
