@@ -50,6 +50,11 @@ class ViTConfig:
     drop_path: float = 0.0
     """Chance that a layer's branch is skipped in training, growing linearly with depth (stochastic depth)."""
 
+    @property
+    def own_final_eps(self) -> bool:
+        """Whether the last norm has another eps than the others, which few published classes have a setting for."""
+        return self.final_norm_eps not in (0.0, self.norm_eps)
+
 
 class ViT(nn.Module):
     """Images to token states: [CLS] first, then the patches row by row."""

@@ -87,6 +87,7 @@ def _clip(model: VisionLanguageModel, target: str) -> Clip:
             f"its text feature is {config.text_pool!r}, not the end-of-text state": config.text_pool != "eot",
             "its image feature is a mean over patches": config.image_pool != "cls",
             "its image tower has no norm before the first layer": not image.pre_norm,
+            "its image tower's last norm has an eps of its own": image.own_final_eps,
             "it has a sigmoid loss's bias": network.logit_bias is not None,
         }
 

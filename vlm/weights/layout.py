@@ -108,6 +108,7 @@ def unfit_towers(config: Any, *, types: bool) -> dict[str, bool]:
         "its activation isn't exact GELU": (text.activation, image.activation) != ("gelu", "gelu"),
         "its norm_eps aren't 1e-12 and 1e-6": (text.norm_eps, image.norm_eps) != (1e-12, 1e-6),
         "its image tower has a norm before the first layer": image.pre_norm,
+        "its image tower's last norm has an eps of its own": image.own_final_eps,
         f"its heads aren't {HEAD_WIDTH} wide": {text.width // text.heads, image.width // image.heads} != {HEAD_WIDTH},
     }
 
