@@ -11,6 +11,7 @@ from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.weights.files import CONFIG, WEIGHTS, write_json, write_model
 from vlm.weights.hf_blip import export_hf_blip
+from vlm.weights.hf_blip2 import export_hf_matcher
 from vlm.weights.hf_parts import activation_name
 from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
 from vlm.weights.loaded import VisionLanguageModel, exportable
@@ -19,7 +20,8 @@ from vlm.weights.vilt import export_hf_vilt
 
 
 def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
-    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's or BLIP's own classes.
+    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's, BLIP's or BLIP-2's own
+    classes.
 
     Raises WeightsError when they can't hold the network, saying why, or the folder can't be written.
     """
@@ -27,6 +29,8 @@ def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
         return export_hf_vilt(model, Path(folder))
     if model.family in ("blip", "vqa"):
         return export_hf_blip(model, Path(folder))
+    if model.family == "blip2":
+        return export_hf_matcher(model, Path(folder))
     network = _clip(model, "transformers' CLIPModel")
     config = network.config
     tensors = to_theirs(network.state_dict(), hf_clip_rules(config))

@@ -12,7 +12,9 @@ from vlm.errors import WeightsError, nearest
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.albef_heads import ClassifierConfig, classifier
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.clip import Clip, ClipConfig
+from vlm.models.qformer import QFormer, QFormerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vqa import Vqa, VqaConfig
 
@@ -34,6 +36,8 @@ FAMILIES = {
     "blip": Family(BlipConfig, Blip),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "vqa": Family(VqaConfig, Vqa),
+    "qformer": Family(QFormerConfig, QFormer),
+    "blip2": Family(Blip2Config, Blip2),
 }
 
 

@@ -1,4 +1,4 @@
-"""Official checkpoints of ALBEF and BLIP, for use and to train on, in both directions."""
+"""Official checkpoints of ALBEF, BLIP and BLIP-2's stage 1, for use and to train on, in both directions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from vlm.errors import WeightsError
 from vlm.files import write_file
 from vlm.weights.albef import ALBEF
 from vlm.weights.blip import BLIP, BLIP_VQA
+from vlm.weights.blip2 import BLIP2, with_image_encoder, without_types
 from vlm.weights.files import assign, read_tensors
 from vlm.weights.layout import IMAGE, Layout, check_twins
 from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import refuse, to_ours, to_theirs
 
-LAYOUTS = (ALBEF, BLIP_VQA, BLIP)  # question answering first: its names are some of pre-training's
+LAYOUTS = (ALBEF, BLIP_VQA, BLIP, BLIP2)  # question answering first: its names are some of pre-training's
 TEMPERATURE = "temp"
 """Scalar; the inverse of our logit scale."""
 QUEUE = {"image": "image_queue", "text": "text_queue"}
@@ -61,29 +62,42 @@ def layout_of(tensors: Mapping[str, Any]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.knows(tensors)), None)
 
 
-def read_official(path: Path, *, tensors: Mapping[str, Tensor] | None = None, training: bool = False) -> Official:
+def read_official(
+    path: Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    training: bool = False,
+    image: Path | str | None = None,
+) -> Official:
     """Read an official checkpoint.
 
-    tensors: what the file holds, where it was read already. training: whether to take teacher and queue along.
-    Raises WeightsError that lists every tensor that doesn't fit, also where a part of teacher or queue is missing.
+    tensors: what the file holds, where it was read already. training: whether to take teacher and queue along. image:
+    see `vlm.weights.blip2.with_image_encoder`, for a BLIP-2. Raises WeightsError that lists every tensor that doesn't
+    fit, also where a part of teacher or queue is missing.
     """
     tensors, where = read_tensors(path) if tensors is None else tensors, str(path)
     layout = layout_of(tensors)
     if layout is None:
         raise WeightsError(
-            f"{where}: not an official ALBEF or BLIP checkpoint (no {IMAGE}.* beside text_encoder.* or "
-            "text_decoder.*); of another model give its folder"
+            f"{where}: not an official ALBEF, BLIP or BLIP-2 checkpoint (no {IMAGE}.* beside text_encoder.* or "
+            "text_decoder.*, no Qformer.bert.*); of another model give its folder"
         )
+    if layout is BLIP2:
+        tensors = with_image_encoder(tensors, path, image=image)
     config = layout.infer(tensors, where)
     network = _student(tensors, layout, config, where)
     taught = training and any(re.fullmatch(pattern, name) for pattern in layout.training for name in tensors)
     return Official(layout, config, network, _training(tensors, layout, config, network, where) if taught else None)
 
 
-def load_official(path: Path, *, name: str = "", tensors: Mapping[str, Tensor] | None = None) -> VisionLanguageModel:
+def load_official(
+    path: Path, *, name: str = "", tensors: Mapping[str, Tensor] | None = None, image: Path | str | None = None
+) -> VisionLanguageModel:
     """The model of an official checkpoint, without its teacher and queue; arguments and errors as `read_official`."""
-    found = read_official(path, tensors=tensors)
-    network: Any = found.layout.network(found.config)
+    found = read_official(path, tensors=tensors, image=image)
+    with torch.device("meta"):
+        network: Any = found.layout.network(found.config)
+    network.to_empty(device="cpu")
     assign(network, found.network, where=name or str(path))
     tokenizer = wordpiece(max_length=found.config.text.context_length)
     if tokenizer.vocab_size > found.config.text.vocab_size:
@@ -108,7 +122,7 @@ def export_official(model: VisionLanguageModel, path: Path | str, *, training: T
     network: Any = exportable(
         model, nn.Module, f"an official {layout.title} checkpoint", lambda network: layout.unfit(network.config)
     )
-    ours, config = network.state_dict(), network.config
+    ours, config = without_types(network.state_dict()), network.config
     tensors = to_theirs(ours, layout.rules(config))
     if "log_scale" in ours:
         tensors[TEMPERATURE] = ours["log_scale"].neg().exp().reshape(())
