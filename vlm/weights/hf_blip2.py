@@ -38,6 +38,7 @@ SPEAKER, INSTRUCTED = "Blip2ForConditionalGeneration", "InstructBlipForCondition
 ARCHITECTURES = (MATCHER, SPEAKER, "Blip2Model", INSTRUCTED, QFORMER)
 DEFAULTS = {"blip-2": SPEAKER, "instructblip": INSTRUCTED, "blip_2_qformer": QFORMER}
 """By model type, the class of a folder that doesn't say."""
+ADVICE = ". An eps alone may change with --near: where states vary by 1 or more, features shift by millionths"
 HEAD, TEMPERATURE = "cls.predictions", "itc_temperature"
 """What their class has no place for: the head that says words stands beside its tensors, under BERT's name, and the
 temperature in config.json. Both are left out by transformers."""
@@ -91,26 +92,27 @@ def load_hf_matcher(folder: Path, settings: Mapping[str, Any], name: str = "") -
     return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="blip2")
 
 
-def export_hf_matcher(model: VisionLanguageModel, folder: Path) -> Path:
+def export_hf_matcher(model: VisionLanguageModel, folder: Path, *, near: bool = False) -> Path:
     """Write a folder that Blip2ForImageTextRetrieval and ``Blip2Processor`` read.
 
-    Raises WeightsError when they can't hold the network or its preprocessing, or the folder can't be written.
+    near: whether the last image norm's eps may become that of the others, since they have one for all: of LAVIS's
+    checkpoints it is 1e-05 and the others 1e-06. Raises WeightsError when they can't hold the network or its preprocessing, or the folder can't be written.
     """
     vocabulary = str(model.tokenizer.to_dict()["kind"])
 
     def reasons(network: Any) -> dict[str, bool]:
         config = network.config
-        return unfit_qformer(config.qformer) | unfit_image(config.image, model.transform) | {
+        return unfit_qformer(config.qformer) | unfit_image(config.image, model.transform, near=near) | {
             "it has no itm head": "itm" not in config.heads,
             f"its tokenizer is {vocabulary!r}, not wordpiece": vocabulary != "wordpiece",
         }  # fmt: skip
 
-    network: Any = exportable(model, Blip2, f"transformers' {MATCHER}", reasons)
+    network: Any = exportable(model, Blip2, f"transformers' {MATCHER}", reasons, advice=ADVICE)
     config = network.config
     tensors = to_theirs(without_types(network.state_dict()), _rules(config))
     found = hf_config("Blip2Config", config.image, config.qformer) | {
         "architectures": [MATCHER], "image_text_hidden_size": config.embed_dim,
-        TEMPERATURE: float(1 / network.logit_scale),
+        TEMPERATURE: float(1 / network.logit_scale.detach()),
     }  # fmt: skip
 
     def fill(target: Path) -> None:

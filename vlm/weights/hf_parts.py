@@ -51,12 +51,15 @@ def image_settings(config: ViTConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def unfit_image(config: ViTConfig, transform: ImageTransform) -> dict[str, bool]:
-    """Reasons why ``vision_config`` and BlipImageProcessor can't hold ours, and whether they are so."""
+def unfit_image(config: ViTConfig, transform: ImageTransform, *, near: bool = False) -> dict[str, bool]:
+    """Reasons why ``vision_config`` and BlipImageProcessor can't hold ours, and whether they are so.
+
+    near: whether the last norm's eps may become that of the others.
+    """
     return {
         "its image tower has a norm before the first layer": config.pre_norm,
         f"its image tower's last norm has an eps of {config.final_norm_eps}, the others {config.norm_eps}": (
-            config.own_final_eps
+            config.own_final_eps and not near
         ),
         f"its pictures are preprocessed by {transform.resize!r}, not squash": transform.resize != "squash",
     }

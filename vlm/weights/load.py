@@ -23,7 +23,11 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
 def load(
-    name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    image: str | Path | None = None,
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
