@@ -73,13 +73,14 @@ def assert_same(found: dict[str, torch.Tensor | None], expected: dict[str, torch
     assert sum(gradient.norm() ** 2 for gradient in expected.values()) > 1e-2
 
 
-CASES = [("vilt", False), ("albef", False), ("albef", True), ("blip", False), ("blip", True)]
+CASES = [("vilt", False), ("albef", False), ("albef", True), ("blip", False), ("blip", True), ("blip2", False)]
 SETTINGS = [
     ("albef mixed", True),
     ("blip apart", True),
     ("blip as one", False),
     ("captioner", False),
     ("retriever", True),
+    ("blip2 without itg", False),
 ]
 
 

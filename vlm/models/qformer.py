@@ -106,6 +106,15 @@ class QFormer(nn.Module):
         if config.speaks:
             self.lm_head = MlmHead(text.width, text.vocab_size, norm_eps=text.norm_eps, act=text.activation)
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass; not those that keep their keys and values."""
+        return self.text.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, enabled: bool) -> None:
+        self.text.checkpointing = enabled
+
     # What goes in
 
     def image_keys_values(self, states: Tensor) -> Keys:

@@ -34,7 +34,8 @@ def methods(model: VisionLanguageModel) -> list[str]:
     """The methods that a model's parts allow, the best first."""
     network: Any = model.network
     trunk = getattr(getattr(network, "image", None), "trunk", None)
-    encodes = model.can("encode_image") and hasattr(trunk, "blocks")
+    # What queries make of an image is no pooled state of it.
+    encodes = model.can("encode_image") and hasattr(trunk, "blocks") and hasattr(network.config, "image_pool")
     can = {
         "grad-cam": model.can("match_states") and hasattr(network, "text"),
         "plan": hasattr(network, "word_patch_plan"),

@@ -34,6 +34,7 @@ FAMILIES = {
     "vilt": Family(ViltConfig, Vilt),
     "albef": Family(AlbefConfig, Albef),
     "blip": Family(BlipConfig, Blip),
+    "blip2": Family(Blip2Config, Blip2),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "vqa": Family(VqaConfig, Vqa),
     "qformer": Family(QFormerConfig, QFormer),
