@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vlm.models.blip2 import Blip2, Blip2Config
 
 import vlm
 from tests.weights.blip2_reference import DEC, POSITIONS, SIZES, gains, matcher, settings
@@ -13,6 +12,7 @@ from tests.weights.made import scrambled
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import MissingVerbError, WeightsError
+from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.weights.export import export_hf
 from vlm.weights.hf_blip2 import hf_config, qformer_config, read_config
 from vlm.weights.hf_parts import image_config

@@ -24,7 +24,8 @@ def export_hf(model: VisionLanguageModel, folder: Path | str, *, near: bool = Fa
     """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's, BLIP's or BLIP-2's own
     classes.
 
-    near: see `vlm.weights.hf_blip2.export_hf_matcher`. Raises WeightsError when they can't hold the network, saying why, or the folder can't be written.
+    near: see `vlm.weights.hf_blip2.export_hf_matcher`. Raises WeightsError when they can't hold the network, saying
+    why, or the folder can't be written.
     """
     if model.family == "vilt":
         return export_hf_vilt(model, Path(folder))

@@ -38,7 +38,6 @@ FAMILIES = {
     "albef-classifier": Family(ClassifierConfig, classifier),
     "vqa": Family(VqaConfig, Vqa),
     "qformer": Family(QFormerConfig, QFormer),
-    "blip2": Family(Blip2Config, Blip2),
 }
 
 

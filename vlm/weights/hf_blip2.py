@@ -96,7 +96,8 @@ def export_hf_matcher(model: VisionLanguageModel, folder: Path, *, near: bool = 
     """Write a folder that Blip2ForImageTextRetrieval and ``Blip2Processor`` read.
 
     near: whether the last image norm's eps may become that of the others, since they have one for all: of LAVIS's
-    checkpoints it is 1e-05 and the others 1e-06. Raises WeightsError when they can't hold the network or its preprocessing, or the folder can't be written.
+    checkpoints it is 1e-05 and the others 1e-06. Raises WeightsError when they can't hold the network or its
+    preprocessing, or the folder can't be written.
     """
     vocabulary = str(model.tokenizer.to_dict()["kind"])
 
