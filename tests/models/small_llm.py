@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from vlm.models.blip2_llm import Blip2Llm, Blip2LlmConfig, LlmConfig
 from vlm.models.llm import LanguageModel
+from vlm.models.qformer import QFormerConfig
+from vlm.models.transformer import TransformerConfig
+from vlm.models.vit import ViTConfig
 
+SPOKEN = "<pad> <s> </s> <unk> a red green blue black box number Question : Answer what colour is it ? the seen here"
 WORDS, WIDTH, START, END = 60, 32, 1, 2
 """Vocabulary, width, and the ids of the tokens that texts begin and end with."""
 COMMON: dict[str, Any] = {"vocab_size": WORDS, "bos_token_id": START, "eos_token_id": END, "pad_token_id": 0}
@@ -58,3 +64,34 @@ def texts(lengths: list[int], seed: int = 2) -> tuple[Tensor, Tensor]:
     ids[:, 0] = START
     mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
     return ids * mask, mask
+
+
+def llm_folder(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
+    """A language model on disk as `transformers` writes it, with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made: Any = inner(kind, seed)
+    made.save_pretrained(folder)
+    vocabulary = {word: place for place, word in enumerate(SPOKEN.split())}
+    vocabulary |= {str(number): len(vocabulary) + number for number in range(WORDS - len(vocabulary))}
+    engine = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    engine.pre_tokenizer = pre_tokenizers.Whitespace()
+    (folder / "tokenizer.json").write_text(engine.to_str())
+    return folder
+
+
+IMAGE = ViTConfig(image_size=32, patch_size=16, width=32, layers=2, heads=2, mlp_width=64)
+QUERIES = TransformerConfig(vocab_size=0, width=16, layers=2, heads=2, mlp_width=32, cross_layers=(0,), cross_width=32)
+
+
+def stage(kind: str = "llama", seed: int = 0, **settings: Any) -> Blip2Llm:
+    """A stage-2 BLIP-2 with its language model, every tensor random and large enough to matter."""
+    qformer = QFormerConfig(text=QUERIES, queries=3, speaks=False)
+    config = Blip2LlmConfig(image=IMAGE, qformer=qformer, llm=LlmConfig(width=WIDTH), **settings)
+    torch.manual_seed(seed)
+    network = Blip2Llm(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    network.attach(language_model(kind, seed))
+    return network

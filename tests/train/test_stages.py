@@ -16,7 +16,7 @@ from tests.train.small import ALONE, forget_last, spawn
 from tests.weights import albef_reference, blip_reference
 from tests.weights.albef_reference import QUEUE, reference
 from vlm.apps.cli import app
-from vlm.data.loader import shuffled_texts
+from vlm.data.plan import shuffled_texts
 from vlm.errors import ConfigError
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics

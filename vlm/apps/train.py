@@ -23,6 +23,7 @@ STAGES = {
     "clip": "Train CLIP (ITC).",
     "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower.",
     "albef": "Train ALBEF (ITC, ITM, MLM, momentum distillation), from a CLIP.",
+    "blip2-llm": "Train BLIP-2's second step (a Q-Former's queries as words for a frozen language model).",
     "blip": "Train BLIP (ITC, ITM, LM with a teacher for ITC), from an ALBEF or a CLIP.",
 }
 SEVERAL = "Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train {} ..."

@@ -16,6 +16,8 @@ from vlm.data.augment import Augment, augment
 from vlm.data.batch import Batch
 from vlm.data.captions import CaptionVariation, first_caption, vary
 from vlm.data.images import decode_image
+from vlm.data.plan import plan, shuffled_texts
+from vlm.data.prompts import Prompts, asked, tokenised
 from vlm.data.samples import OWN, caption_id, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
@@ -57,42 +59,6 @@ class LoaderConfig:
             raise ConfigError("loader.max_length must be 0 (the tokenizer's own) or at least 2 (start and end token)")
 
 
-def plan(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, bucket_batches: int = 1) -> list[np.ndarray]:
-    """The global batches of an epoch, each sample in exactly one of them.
-
-    A permutation by (seed, epoch) is cut into runs of `bucket_batches` batches; each run is sorted by length
-    and cut, and its batches are shuffled. The last batch is smaller where the size doesn't divide n; when it
-    would hold fewer than half a batch it joins the one before, since a contrast over a few rows says little.
-    Raises ConfigError when the size is below 1.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"loader.batch_size must be at least 1, got {batch_size}")
-    generator = np.random.default_rng((seed, epoch))
-    order = generator.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    run = batch_size * max(1, bucket_batches)
-    for start in range(0, len(order), run):
-        part = order[start : start + run]
-        if bucket_batches > 1:
-            part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    small = [batch for batch in batches if len(batch) < batch_size]
-    whole = [batch for batch in batches if len(batch) == batch_size]
-    if small and whole and len(small[0]) < batch_size / 2:
-        whole[-1] = np.concatenate([whole[-1], small.pop()])
-    whole = whole + small
-    return [whole[number] for number in generator.permutation(len(whole))]
-
-
-def shuffled_texts(samples: int, share: float, *, seed: int) -> dict[int, int]:
-    """Samples that get another's texts, and whose: a share of them, passed on in a circle of random order."""
-    count = round(share * samples)
-    if count < 2:
-        return {}
-    chosen = np.random.default_rng((seed, samples)).permutation(samples)[:count]
-    return dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
-
-
 def steps_per_epoch(samples: int, config: LoaderConfig) -> int:
     """Batches that `plan` gives, without making it."""
     whole, rest = divmod(samples, config.batch_size)
@@ -109,6 +75,7 @@ def make_loader(
     skip_samples: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    prompts: Prompts | None = None,
 ) -> Iterable[Batch]:
     """This rank's training batches of an epoch, from after the first `skip_samples` of it.
 
@@ -116,6 +83,7 @@ def make_loader(
     Order, text and picture of a sample depend on (seed, epoch, sample) alone.
     skip_samples: a batch's `consumed`; any number of ranks and workers goes on from there without repeating or
     losing a sample, as long as seed, batch_size and bucket_batches are the same.
+    prompts: what texts begin with, for a stage that says them.
 
     The place of a picture that can't be decoded goes to the next readable one of the rank's rows, else of the
     global batch, so that ranks stay in step; it is warned about once and counted in the source's `problems`.
@@ -146,7 +114,7 @@ def make_loader(
             source.name, epoch, skip_samples,
         )  # fmt: skip
     work = [(batch, end) for batch, end in zip(batches, ends, strict=True) if end > skip_samples]
-    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks)
+    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks, prompts)
     return _reported(_started(maker, config.workers), source, training=True)
 
 
@@ -158,8 +126,9 @@ def evaluation_batches(
     batch_size: int = 64,
     workers: int = 0,
     limit: int | None = None,
+    prompts: Prompts | None = None,
 ) -> Iterable[Batch]:
-    """All samples, or the first `limit`, in order, unchanged, with their first captions.
+    """All samples, or the first `limit`, in order, unchanged, with their first captions (questions, with `prompts`).
 
     Pictures that can't be decoded are left out, warned about once and counted in the source's `problems`.
     Raises DataError when the source is empty.
@@ -170,7 +139,7 @@ def evaluation_batches(
         raise ConfigError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}")
     stop = len(source) if limit is None else min(limit, len(source))
     work = [list(range(start, min(start + batch_size, stop))) for start in range(0, stop, batch_size)]
-    maker = _EvaluationBatches(source, tokenizer, transform, work)
+    maker = _EvaluationBatches(source, tokenizer, transform, work, prompts)
     return _reported(_started(maker, workers), source, training=False)
 
 
@@ -187,6 +156,10 @@ class _Row:
     """What the text was made of."""
     file: bytes
     """The picture's, for its hash."""
+    prompt: str = ""
+    """What stands before the text and isn't said."""
+    cut: float = 0.0
+    """Share of the text that is given and isn't said either."""
 
     @property
     def ids(self) -> list[int]:
@@ -212,14 +185,16 @@ def _collate(
     limit = min(max_length or tokenizer.max_length, tokenizer.max_length)
     # Ranks and micro-batches exchange pictures, so that all have a mask or none has.
     pixels, pixel_mask = pad_pictures([row.pixels for row in rows], masked=transform.resize == "fit")
+    tokens, given = tokenised(tokenizer, [(row.prompt, row.text, row.cut) for row in rows], max_length=limit)
     return Batch(
         pixels,
-        tokenizer([row.text for row in rows], max_length=limit),
+        tokens,
         torch.tensor([row.ids for row in rows], dtype=torch.int64),
         tuple(row.key for row in rows),
         consumed,
         tuple(skipped),
         pixel_mask=pixel_mask,
+        given=given,
     )
 
 
@@ -236,9 +211,10 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
         work: list[tuple[np.ndarray, int]],
         rank: int,
         ranks: int,
+        prompts: Prompts | None,
     ) -> None:
         self.source, self.config, self.tokenizer, self.transform = source, config, tokenizer, transform
-        self.epoch, self.work, self.rank, self.ranks = epoch, work, rank, ranks
+        self.epoch, self.work, self.rank, self.ranks, self.prompts = epoch, work, rank, ranks, prompts
         self.foreign = shuffled_texts(len(source), config.shuffled, seed=config.seed)
 
     def __len__(self) -> int:
@@ -282,14 +258,19 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
         # The picture must also stay a positive of its other captions.
         said = "; ".join([text, *meta["captions"]])
         image = augment(self.transform.fit(image), said, self.config.augment, rng)
-        return _Row(sample.key, concept, self.transform.normalise(image), text, caption, sample.image)
+        prompt, text, cut = asked(meta, text, self.prompts, rng)
+        return _Row(sample.key, concept, self.transform.normalise(image), text, caption, sample.image, prompt, cut)
 
 
 class _EvaluationBatches(Dataset[Batch | _Unreadable]):
     """Makes the batch with a number, unchanged pictures and first captions."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]]) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]],
+        prompts: Prompts | None,
+    ) -> None:  # fmt: skip
         self.source, self.tokenizer, self.transform, self.work = source, tokenizer, transform, work
+        self.prompts = prompts
 
     def __len__(self) -> int:
         return len(self.work)
@@ -304,7 +285,8 @@ class _EvaluationBatches(Dataset[Batch | _Unreadable]):
                 skipped.append(str(error))
                 continue
             text = first_caption(sample.meta)
-            rows.append(_Row(sample.key, self.source.concepts[place], pixels, text, text, sample.image))
+            prompt, said, cut = asked(sample.meta, text, self.prompts, None)
+            rows.append(_Row(sample.key, self.source.concepts[place], pixels, said, text, sample.image, prompt, cut))
         if not rows:
             return _Unreadable(tuple(skipped))
         return _collate(rows, self.tokenizer, self.transform, 0, self.work[number][-1] + 1, skipped)

@@ -9,7 +9,7 @@ Letters in shapes: B rows, R running rows, Q visual tokens, L text length, S bot
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,14 @@ class LlmState:
     ) -> None:
         """first: (R, V) logits of the first token. mask: (R, S) true for real tokens, None where all are.
         memory: of a seq2seq model, encoder states (R, S, D) and their mask (R, S)."""
-        self.cache, self.first, self.mask, self.memory = cache, first, mask, memory
+        self.cache, self.mask, self.memory = cache, mask, memory
+        self.first: Tensor | None = first
         self.count = len(first)
+
+    def take_first(self) -> Tensor | None:
+        """The first token's logits when they are asked for first, then None."""
+        first, self.first = self.first, None
+        return first
 
     def reorder(self, rows: Tensor, images: Tensor | None = None) -> None:
         """Keep these rows (R',), which may repeat; each holds its own image's part, so `images` says nothing new."""
@@ -42,10 +48,12 @@ class LlmState:
 class LanguageModel(nn.Module):
     """A model of ``transformers`` that never learns: without gradient and in eval mode whatever is asked of it."""
 
-    def __init__(self, inner: nn.Module, *, end_id: int) -> None:
+    def __init__(self, inner: nn.Module, *, end_id: int, keeps_type: bool = False) -> None:
         """inner: a ``...ForCausalLM`` or ``...ForConditionalGeneration``. end_id: ends a text, and what is given to a
-        seq2seq model's encoder."""
+        seq2seq model's encoder. keeps_type: whether its weights keep their type when the network around them changes
+        its own."""
         super().__init__()
+        self.keeps_type = keeps_type
         self.inner = inner.requires_grad_(False).eval()
         self.end_id = end_id
         self.config: Any = inner.config
@@ -73,6 +81,12 @@ class LanguageModel(nn.Module):
     def train(self, mode: bool = True) -> LanguageModel:
         """Stay in eval mode."""
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        # What `Module.to` and its like go through.
+        if not self.keeps_type:
+            return super()._apply(fn, recurse)
+        return super()._apply(lambda tensor: _typed(fn(tensor), tensor.dtype), recurse)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed ids (B, L) as (B, L, D)."""
@@ -183,6 +197,10 @@ class LanguageModel(nn.Module):
             **{self._cache: cache},
         )  # fmt: skip
         return LlmState(cache, found.logits[:, -1], memory=(memory, seen))
+
+
+def _typed(tensor: Tensor, kept: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is kept else tensor.to(kept)
 
 
 def prompt_of(tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,8 @@ class Summary:
 
 def _check_decoder(model: VisionLanguageModel) -> None:
     network: Any = model.network
+    if hasattr(network, "begin"):  # a language model speaks for it
+        return
     if not hasattr(network, "decode"):
         model._verb("generate")
     if "lm" not in network.config.heads:

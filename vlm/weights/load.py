@@ -28,6 +28,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     image: str | Path | None = None,
+    llm: str = "",
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
@@ -35,10 +36,12 @@ def load(
     BLIP-2 repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``,
     or a file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's, BLIP's or BLIP-2's. device: a GPU when
     there is one, if None. dtype: of the weights; fp32 if None. image: a file with the image encoder of an official
-    BLIP-2, which its own file leaves out; eva_vit_g.pth beside that one if None. Raises WeightsError that says what
-    was expected, and lists every tensor that doesn't fit.
+    BLIP-2, which its own file leaves out; eva_vit_g.pth beside that one if None. llm: the language model of an official
+    stage-2 BLIP-2, whose file names none; or where that of a stage-2 model is, if not where its name says: the same
+    one, by a hash of its weights. Raises WeightsError that says what was expected, and lists every tensor that doesn't
+    fit.
     """
-    model = _found(str(name_or_path), image)
+    model = _found(str(name_or_path), image, llm)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -49,8 +52,11 @@ def load(
     return model
 
 
-def load_folder(folder: Path) -> VisionLanguageModel:
-    """A model folder that `save_model` wrote. Raises WeightsError when it isn't one or doesn't fit."""
+def load_folder(folder: Path, *, llm: str = "") -> VisionLanguageModel:
+    """A model folder that `save_model` wrote; llm: see `load`.
+
+    Raises WeightsError when it isn't one or doesn't fit.
+    """
     settings = read_json(folder / CONFIG)
     stage = str(settings.get("family"))
     kind = family(stage, where=str(folder))
@@ -64,6 +70,12 @@ def load_folder(folder: Path) -> VisionLanguageModel:
     with torch.device("meta"):
         network = kind.network(config)
     network.to_empty(device="cpu")
+    if kind.complete is not None:
+        kind.complete(network, llm=llm)
+    elif llm:
+        raise WeightsError(f"{folder}: a {stage} model speaks without a language model; llm is for stage 2 of BLIP-2")
+    if hasattr(network, "adapt"):
+        network.adapt()  # type: ignore[operator]
     assign(network, model_tensors(folder), where=str(folder / WEIGHTS))
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
@@ -81,7 +93,7 @@ def run_model(run: Path) -> Path | None:
     return (chosen if chosen in steps else steps[-1]) / "model"
 
 
-def _found(name: str, image: str | Path | None) -> VisionLanguageModel:
+def _found(name: str, image: str | Path | None, llm: str) -> VisionLanguageModel:
     if image is not None and Path(name).suffix not in CHECKPOINTS:
         raise WeightsError(f"{name}: no checkpoint file, so image={str(image)!r} says nothing; leave it out")
     if name.startswith("open_clip:"):
@@ -90,10 +102,10 @@ def _found(name: str, image: str | Path | None) -> VisionLanguageModel:
         return load_open_clip(name.removeprefix("open_clip:"))
     own = shipped_folder(name)
     if own is not None:
-        return load_folder(own)
+        return load_folder(own, llm=llm)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, llm)
     if path.is_file() and path.suffix not in CHECKPOINTS:
         raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
@@ -107,15 +119,15 @@ def _found(name: str, image: str | Path | None) -> VisionLanguageModel:
     raise WeightsError(f"{name}: no such model{nearest(name, names)}. Shipped: {listed}. Expected {ACCEPTED}.")
 
 
-def _from_folder(folder: Path) -> VisionLanguageModel:
+def _from_folder(folder: Path, llm: str) -> VisionLanguageModel:
     run = run_model(folder)
     if run is not None:
-        return load_folder(run)
+        return load_folder(run, llm=llm)
     if not (folder / CONFIG).is_file():
         raise WeightsError(f"{folder}: no {CONFIG} there, so this is no model; expected {ACCEPTED}")
     settings: dict[str, Any] = read_json(folder / CONFIG)
     if "family" in settings:
-        return load_folder(folder)
+        return load_folder(folder, llm=llm)
     from vlm.weights.from_hf import load_hf_folder
 
     return load_hf_folder(folder)

@@ -19,6 +19,7 @@ from vlm.models.cache import DecoderState
 from vlm.models.heads import no_head
 from vlm.models.stage import can
 from vlm.weights.files import save_model
+from vlm.weights.say import say
 from vlm.weights.shipped import base_of
 
 STAGES = {
@@ -98,6 +99,9 @@ class VisionLanguageModel:
         together are longer than the model's texts can be.
         """
         network: Any = self.network
+        if hasattr(network, "begin"):  # it speaks through a language model
+            given = self.tokens([network.config.prompt] * len(pixels)) if prompt is None else prompt
+            return say(network, network.visual_prompt(pixels), given, config, tokenizer=self.tokenizer, draws=draws)
         if not hasattr(network, "decode"):
             self._verb("generate")
         sizes = network.config

@@ -173,7 +173,7 @@ def _as_med(network: nn.Module, theirs: Mapping[str, Tensor], start_id: int | No
 
 def _as_ours(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors of an earlier stage under the names that the network has for them."""
-    tensors = _with_words(network, tensors)
+    tensors = _without_words(network, _with_words(network, tensors))
     layer = re.compile(r"text\.layers\.(\d+)\..*")
     found = [int(match[1]) for name in tensors if (match := layer.fullmatch(name))]
     text = getattr(network, "text", None)
@@ -213,6 +213,16 @@ def _with_words(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[st
     chosen = centred @ axes
     fresh = {f"words.{name}": value for name, value in words.state_dict().items()}
     return {**tensors, **fresh, "words.tokens.weight": (chosen * (own.std() / chosen.std())).to(own.dtype)}
+
+
+def _without_words(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without what a Q-Former's words need, where the network's own reads none."""
+    qformer: Any = getattr(network, "qformer", None)
+    if qformer is None or qformer.config.text.vocab_size:
+        return tensors
+    own = network.state_dict()
+    words = re.compile(r"qformer\.(lm_head\..*|text\.(tokens|positions|types)\..*|.*\.(mlp|mlp_norm)\.text\..*)")
+    return {name: value for name, value in tensors.items() if name in own or not words.fullmatch(name)}
 
 
 def find_minilm() -> Path:
