@@ -12,6 +12,7 @@ from vlm.models.clip import Clip, ClipConfig
 from vlm.weights.files import CONFIG, WEIGHTS, write_json, write_model
 from vlm.weights.hf_blip import export_hf_blip
 from vlm.weights.hf_blip2 import export_hf_matcher
+from vlm.weights.hf_blip2_llm import export_hf_speaker
 from vlm.weights.hf_parts import activation_name
 from vlm.weights.hf_qformer import export_hf_qformer
 from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
@@ -33,6 +34,8 @@ def export_hf(model: VisionLanguageModel, folder: Path | str, *, near: bool = Fa
         return export_hf_blip(model, Path(folder))
     if model.family == "blip2":
         return export_hf_matcher(model, Path(folder), near=near)
+    if model.family == "blip2-llm":
+        return export_hf_speaker(model, Path(folder), near=near)
     if model.family == "qformer":
         return export_hf_qformer(model.network, folder)
     network = _clip(model, "transformers' CLIPModel")

@@ -58,7 +58,7 @@ def load_hf_folder(folder: Path, *, name: str = "") -> VisionLanguageModel:
     if family in BLIP2_TYPES:
         from vlm.weights.hf_blip2 import load_hf_blip2
 
-        return load_hf_blip2(folder, settings, name or folder.name)
+        return load_hf_blip2(folder, settings, name or folder.name, llm=name)
     if family != "clip":
         known = ("clip", "vilt", "blip", *BLIP2_TYPES)
         raise WeightsError(f"{name or folder}: model_type is {family!r}, expected one of {', '.join(known)}")

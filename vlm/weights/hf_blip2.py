@@ -44,8 +44,11 @@ HEAD, TEMPERATURE = "cls.predictions", "itc_temperature"
 temperature in config.json. Both are left out by transformers."""
 
 
-def load_hf_blip2(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:
-    """A folder of one of transformers' classes of BLIP-2 or InstructBLIP; arguments and errors as `load_hf_matcher`."""
+def load_hf_blip2(folder: Path, settings: Mapping[str, Any], name: str = "", *, llm: str = "") -> VisionLanguageModel:
+    """A folder of one of transformers' classes of BLIP-2 or InstructBLIP; arguments and errors as `load_hf_matcher`.
+
+    llm: see `vlm.weights.hf_blip2_llm.load_hf_speaker`.
+    """
     kinds = settings.get("architectures") or [DEFAULTS[settings["model_type"]]]
     for kind in kinds:
         if kind not in ARCHITECTURES:
@@ -58,7 +61,7 @@ def load_hf_blip2(folder: Path, settings: Mapping[str, Any], name: str = "") -> 
         return load_hf_qformer(folder, settings, name)
     from vlm.weights.hf_blip2_llm import load_hf_speaker
 
-    return load_hf_speaker(folder, settings, name)
+    return load_hf_speaker(folder, settings, name, llm=llm)
 
 
 def load_hf_matcher(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:

@@ -109,7 +109,7 @@ def _found(name: str, image: str | Path | None, llm: str) -> VisionLanguageModel
     if path.is_file() and path.suffix not in CHECKPOINTS:
         raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
-        return _from_checkpoint(path, image)
+        return _from_checkpoint(path, image, llm)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from vlm.weights.from_hf import load_hub
 
@@ -133,11 +133,11 @@ def _from_folder(folder: Path, llm: str) -> VisionLanguageModel:
     return load_hf_folder(folder)
 
 
-def _from_checkpoint(path: Path, image: str | Path | None) -> VisionLanguageModel:
+def _from_checkpoint(path: Path, image: str | Path | None, llm: str) -> VisionLanguageModel:
     from vlm.weights.from_open_clip import load_checkpoint
     from vlm.weights.official import layout_of, load_official
 
     tensors = read_tensors(path)
     if layout_of(tensors) is not None:
-        return load_official(path, tensors=tensors, image=image)
+        return load_official(path, tensors=tensors, image=image, llm=llm)
     return load_checkpoint(path, tensors=tensors)
