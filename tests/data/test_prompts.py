@@ -24,7 +24,7 @@ def said(ids: list[int]) -> str:
 
 
 def test_tokens_of_a_prompt_are_given_and_the_rest_is_said() -> None:
-    texts = [("a photo of", "a cat", 0.0), ("", "dogs", 0.0), ("question : what ? answer :", "two dogs on a sofa", 0.0)]
+    texts = [("a photo of", "a cat", 0.0), ("", "dogs", 0.0), ("question : what? answer :", "two dogs on a sofa", 0.0)]
     tokens, given = tokenised(WORDS, texts, max_length=5)
     assert given is not None and given.tolist() == [4, 1, 7]
     for row, (prompt, text, _) in enumerate(texts):
@@ -38,7 +38,7 @@ def test_cut_gives_some_words_but_never_all() -> None:
     for cut in (0.3, 0.999):
         tokens, given = tokenised(WORDS, [("", "one two three four", cut)], max_length=9)
         assert given is not None and 1 <= int(given) < tokens.input_ids.shape[1]
-    assert int(given) == tokens.input_ids.shape[1] - 1  # only the end token is left to say
+    assert int(given) == tokens.input_ids.shape[1] - 2  # the last word and the end token are left to say
 
 
 def test_question_with_its_turns() -> None:

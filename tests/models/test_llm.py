@@ -79,17 +79,15 @@ def test_reordered_rows_go_on_as_those_they_are_copies_of(kind: str) -> None:
 def test_search_says_what_transformers_says(kind: str, search: dict[str, Any]) -> None:
     model, theirs, visual = language_model(kind), inner(kind), visual_prompt(2)
     ids, mask = texts([4, 4])
-    state = model.begin(visual, ids, mask)
 
     def step(tokens: torch.Tensor, held: Any) -> torch.Tensor:
-        return held.first if tokens is first else model.step(tokens, held)
+        first = held.take_first()  # of what was read already
+        return model.step(tokens, held) if first is None else first
 
     first = torch.full((2, 1), START)
     prompt = {"input_ids": first, "attention_mask": torch.ones_like(first)}
     config = GenerationConfig(**search, max_new_tokens=8)
-    calls = iter([state.first])
-    found = generate(lambda t, s: next(calls, None) if state.cache is None else _next(model, t, s, calls), state,
-                     prompt, config, end_id=END, pad_id=0)  # fmt: skip
+    found = generate(step, model.begin(visual, ids, mask), prompt, config, end_id=END, pad_id=0)
     given = torch.cat([ids[:, 1:], torch.full((2, 1), END)], dim=1) if kind == "t5" else ids
     read = torch.cat([visual, model.embed(given)], dim=1)
     expected = theirs.generate(
@@ -98,11 +96,6 @@ def test_search_says_what_transformers_says(kind: str, search: dict[str, Any]) -
     )  # fmt: skip
     expected = expected[:, 1:] if kind == "t5" else expected
     assert torch.equal(found.ids[:, 0], expected)
-
-
-def _next(model: Any, tokens: torch.Tensor, state: Any, calls: Any) -> torch.Tensor:
-    held = next(calls, None)
-    return model.step(tokens, state) if held is None else held
 
 
 def test_frozen_whatever_is_asked() -> None:

@@ -158,6 +158,8 @@ def ranks_task(here: Ranks, kind: str, stage: str, taught: bool, parts: int, exp
         ("ddp", "captioner", False, 2),
         ("fsdp", "blip", True, 2),
         ("fsdp", "blip apart", False, 1),
+        ("ddp", "blip2", False, 2),
+        ("fsdp", "blip2", False, 2),
     ],
 )
 def test_two_ranks_equal_one(kind: str, stage: str, taught: bool, parts: int) -> None:

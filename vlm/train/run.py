@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.data.batch import KINDS, Batch
+from vlm.data.features import FeatureStore
 from vlm.data.loader import LoaderConfig, make_loader, steps_per_epoch
 from vlm.data.prompts import Prompts
 from vlm.data.sources import open_source
@@ -26,6 +27,7 @@ from vlm.train.distributed import Ranks, wait
 from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
+from vlm.train.features import features_of_run
 from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
 from vlm.weights.llm import load_llm_tokenizer
@@ -93,6 +95,8 @@ class RunConfig(Generic[M]):
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    features: str = ""
+    """Folder of `vlm data features`: what the frozen image encoder made of `data`, trained on instead of pictures."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -170,18 +174,15 @@ def train_stage(
     network = _untrained(config, stage)
     config = dataclasses.replace(config, model=network.config)
     taught = _begin(network, config) if before is None else None
-    if hasattr(network, "adapt"):
-        network.adapt()  # type: ignore[operator]
-    for part in network.children():
-        if hasattr(part, "checkpointing"):
-            part.checkpointing = config.checkpointing  # type: ignore[assignment]
+    _settle(network, config)
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
     hides, prompts = _hides(network, tokenizer, config), make_prompts(config.model)
+    features: FeatureStore | None = None
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
             source, loader, tokenizer=tokenizer, transform=transform, epoch=epoch, skip_samples=skip,
-            rank=here.rank, ranks=here.count, prompts=prompts,
+            rank=here.rank, ranks=here.count, prompts=prompts, features=features,
         )  # fmt: skip
         hide = dataclasses.asdict(config.masking)
         return masked(made, tokenizer, **hide, seed=config.train.seed, epoch=epoch) if hides else made
@@ -198,6 +199,7 @@ def train_stage(
     del taught  # a second copy of the network
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
+    features = features_of_run(config.features, network, transform, source, loader.augment)
     if here.first and resume:
         go_on(run, to_yaml(config), finished=before == trainer.steps)
     elif here.first:
@@ -207,6 +209,14 @@ def train_stage(
     position = trainer.fit()
     trainer.checkpoints.publish(run / "model")
     return position
+
+
+def begun_network(config: RunConfig[Any]) -> nn.Module:
+    """The stage's network with the weights that a run begins with. Raises as `train_stage`."""
+    torch.manual_seed(config.train.seed)
+    network = _untrained(config, family_name(config.model))
+    _begin(network, config)
+    return network
 
 
 def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
@@ -226,6 +236,15 @@ def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
     return network
 
 
+def _settle(network: Any, config: RunConfig[Any]) -> None:
+    """What a network gets once it has its starting weights: LoRA beside them, and layers that are recomputed."""
+    if hasattr(network, "adapt"):
+        network.adapt()
+    for part in network.children():
+        if hasattr(part, "checkpointing"):
+            part.checkpointing = config.checkpointing
+
+
 def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> bool:
     """Whether tokens are hidden for MLM. Raises ConfigError when the tokenizer has nothing to hide them by."""
     hides = bool(network.loss_weights.get("mlm"))  # type: ignore[operator, union-attr]
@@ -241,8 +260,8 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     student's copy.
     """
     frozen = tuple(config.train.optim.freeze)
-    named = [(n, p) for n, p in network.named_parameters() if p.dim() > 1 and not n.startswith("llm.")]
-    chosen = {n: p for n, p in named if not p.requires_grad or (frozen and n.startswith(frozen))}
+    named = ((n, p) for n, p in network.named_parameters() if p.dim() > 1 and not n.startswith("llm."))
+    chosen = {n: p for n, p in named if not p.requires_grad or n.startswith(frozen)}
     random = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     taught: Training | None = None
     for start in config.start:
@@ -250,7 +269,7 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
     if left:
         logger.warning(
-            "%d frozen matrices got weights from no start, %s first: they stay random",
+            "%d matrices are frozen that no start gave weights, %s first: they stay random",
             len(left),
             left[0],
         )
