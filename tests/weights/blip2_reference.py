@@ -105,6 +105,9 @@ class Reference(nn.Module):
         return {name: value for name, value in out.items() if image or not name.startswith("visual_encoder.")}
 
 
+CLASSES = {False: "Blip2ForConditionalGeneration", True: "InstructBlipForConditionalGeneration"}
+IMAGE_TOKEN = 59
+"""The last word of the small language models."""
 POSITION_IDS = "Qformer.bert.embeddings.position_ids"
 _RENAMED = (
     (r"^vision_model\.embeddings\.class_embedding", "visual_encoder.cls_token"),
@@ -130,3 +133,42 @@ def lavis_name(name: str) -> str:
     for theirs, lavis in _RENAMED:
         name = re.sub(theirs, lavis, name)
     return name
+
+
+def speaker_folder(kind, folder, *, instructed=False, seed=0, final_eps=0.0):
+    """A random one of transformers' classes, saved with a tokenizer of a few words."""
+    import transformers
+
+    from tests.models.small_llm import inner as language_model
+    from tests.models.small_llm import llm_folder
+
+    words = language_model(kind, seed)
+    llm_folder(folder, kind, seed)
+    given = settings(use_qformer_text_input=False) | {"text_config": words.config.to_dict()}
+    if instructed:
+        given["qformer_config"].pop("use_qformer_text_input")
+        given["qformer_config"]["max_position_embeddings"] = 20
+    given.pop("image_text_hidden_size")
+    config = getattr(transformers, "InstructBlipConfig" if instructed else "Blip2Config")
+    model = getattr(transformers, CLASSES[instructed])(config(**given, image_token_index=IMAGE_TOKEN))
+    gains(scrambled(model, seed))
+    with torch.no_grad():
+        model.query_tokens.copy_(torch.randn(model.query_tokens.shape, generator=torch.Generator().manual_seed(seed)))
+        for layer in model.vision_model.encoder.layers:  # LAVIS has no bias on keys
+            layer.self_attn.qkv.bias[176 : 2 * 176] = 0
+    model.language_model = words
+    if final_eps:
+        model.vision_model.post_layernorm.eps = final_eps
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def lavis_speaker(theirs, *, name="opt_proj", image=True):
+    """The tensors of a stage-2 checkpoint, which leaves out the language model."""
+    out = {lavis_name(k): v for k, v in theirs.state_dict().items() if not k.startswith("language_model.")}
+    for key in [key for key in out if key.endswith("attn.qkv.bias")]:
+        query, _, value = out.pop(key).chunk(3)
+        out |= {key.replace("qkv.bias", "q_bias"): query, key.replace("qkv.bias", "v_bias"): value}
+    out = {key.replace("language_projection.", f"{name}."): value for key, value in out.items()}
+    out[POSITION_IDS] = torch.arange(512)[None]
+    return {key: value for key, value in out.items() if image or not key.startswith("visual_encoder.")}

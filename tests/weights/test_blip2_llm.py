@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tokenizers import Tokenizer as Engine
+from typer.testing import CliRunner
 
 import vlm
 from tests.models.small_llm import END, START, WORDS, llm_folder, stage
-from tests.models.small_llm import inner as language_model
-from tests.weights.blip2_reference import FINAL_EPS, POSITION_IDS, gains, lavis_name, settings
-from tests.weights.made import scrambled
+from tests.weights.blip2_reference import FINAL_EPS, IMAGE_TOKEN, SIZES, lavis_speaker, speaker_folder
+from vlm.apps.cli import app
 from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, WeightsError
 from vlm.generate import GenerationConfig
@@ -25,45 +25,18 @@ from vlm.weights.official import export_official
 
 TEXTS = ["what colour is it ?", "a red box", "Question : the number ?"]
 KINDS = ["opt", "llama", "t5"]
-IMAGE_TOKEN, QUERIES = WORDS - 1, 4
-CLASSES = {False: "Blip2ForConditionalGeneration", True: "InstructBlipForConditionalGeneration"}
-
-
-def made(kind, folder, *, instructed=False, seed=0, final_eps=0.0):
-    """A random one of transformers' classes, saved with a tokenizer of a few words."""
-    import transformers
-
-    words = language_model(kind, seed)
-    llm_folder(folder, kind, seed)
-    given = settings(use_qformer_text_input=False) | {"text_config": words.config.to_dict()}
-    if instructed:
-        given["qformer_config"].pop("use_qformer_text_input")
-        given["qformer_config"]["max_position_embeddings"] = 20
-    given.pop("image_text_hidden_size")
-    config = getattr(transformers, "InstructBlipConfig" if instructed else "Blip2Config")
-    model = getattr(transformers, CLASSES[instructed])(config(**given, image_token_index=IMAGE_TOKEN))
-    gains(scrambled(model, seed))
-    with torch.no_grad():
-        model.query_tokens.copy_(torch.randn(model.query_tokens.shape, generator=torch.Generator().manual_seed(seed)))
-        for layer in model.vision_model.encoder.layers:  # LAVIS has no bias on keys
-            layer.self_attn.qkv.bias[176 : 2 * 176] = 0
-    model.language_model = words
-    if final_eps:
-        model.vision_model.post_layernorm.eps = final_eps
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def speaker(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, made(request.param, folder), folder
+    return request.param, speaker_folder(request.param, folder), folder
 
 
 @pytest.fixture(scope="module")
 def instructed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("instructed")
-    return made("llama", folder, instructed=True), folder
+    return speaker_folder("llama", folder, instructed=True), folder
 
 
 def pixels(count=3):
@@ -74,7 +47,7 @@ def given(model, text, *, seq2seq):
     """What transformers reads for a text: image tokens, then the text as ours begins it, or ends it for a T5."""
     ids = model.tokens([text]).input_ids[0, 1:-1].tolist()
     words = [*ids, END] if seq2seq else [START, *ids]
-    return torch.tensor([[IMAGE_TOKEN] * QUERIES + words])
+    return torch.tensor([[IMAGE_TOKEN] * SIZES["queries"] + words])
 
 
 def close(found, wanted):
@@ -98,7 +71,7 @@ def check_logits(model, theirs, *, asked=None):
             text_tokens = {"input_ids": joined, "attention_mask": torch.ones_like(joined)}
             found = model.network.lm_logits(picture, text_tokens, read, **own)[:, -3:]
         else:
-            wanted = theirs(pixel_values=picture, input_ids=ids, **more).logits[:, QUERIES:]
+            wanted = theirs(pixel_values=picture, input_ids=ids, **more).logits[:, SIZES["queries"] :]
             text_tokens = {key: value[:, :-1] for key, value in tokens.items()}
             found = model.network.lm_logits(picture, text_tokens, **own)
         close(found, wanted)
@@ -164,7 +137,7 @@ def test_the_folder_comes_back(speaker, tmp_path):
     grown = [name for name, value in before.items() if after[name].shape != value.shape]
     assert grown and all("embed" in name or "shared" in name or "lm_head" in name for name in grown)
     processor = transformers.Blip2Processor.from_pretrained(tmp_path / "out")
-    assert again.config.image_token_index == WORDS and processor.num_query_tokens == QUERIES
+    assert again.config.image_token_index == WORDS and processor.num_query_tokens == SIZES["queries"]
     check_texts(model, again.eval(), processor)
     read = vlm.load(tmp_path / "out", device="cpu")
     with torch.no_grad():
@@ -203,14 +176,14 @@ def test_instructblip_reads_the_image_for_a_text(instructed, tmp_path):
 
 @pytest.mark.parametrize("gone", ["language_projection.bias", "qformer.encoder.layer.1.output_query.dense.weight"])
 def test_a_missing_tensor_is_named(tmp_path, gone):
-    theirs = made("opt", tmp_path)
+    theirs = speaker_folder("opt", tmp_path)
     theirs.save_pretrained(tmp_path, state_dict={k: v for k, v in theirs.state_dict().items() if k != gone})
     with pytest.raises(WeightsError, match=f"1 missing: {gone}"):
         vlm.load(tmp_path)
 
 
 def test_a_language_model_with_a_hole_is_refused(tmp_path):
-    theirs = made("opt", tmp_path)
+    theirs = speaker_folder("opt", tmp_path)
     gone = "language_model.model.decoder.layers.1.fc1.weight"
     theirs.save_pretrained(tmp_path, state_dict={k: v for k, v in theirs.state_dict().items() if k != gone})
     with pytest.raises(WeightsError, match=r"1 tensors are missing, .*layers\.1\.fc1\.weight"):
@@ -269,23 +242,12 @@ def test_the_image_s_token_is_a_spare_one_where_there_is_one(tmp_path):
 # LAVIS
 
 
-def lavis(theirs, *, name="opt_proj", image=True):
-    """The tensors of a stage-2 checkpoint, which leaves out the language model."""
-    out = {lavis_name(k): v for k, v in theirs.state_dict().items() if not k.startswith("language_model.")}
-    for key in [key for key in out if key.endswith("attn.qkv.bias")]:
-        query, _, value = out.pop(key).chunk(3)
-        out |= {key.replace("qkv.bias", "q_bias"): query, key.replace("qkv.bias", "v_bias"): value}
-    out = {key.replace("language_projection.", f"{name}."): value for key, value in out.items()}
-    out[POSITION_IDS] = torch.arange(512)[None]
-    return {key: value for key, value in out.items() if image or not key.startswith("visual_encoder.")}
-
-
 @pytest.mark.parametrize(("kind", "name"), [("opt", "opt_proj"), ("t5", "t5_proj"), ("llama", "llm_proj")])
 def test_lavis_s_file_speaks_with_the_language_model_that_is_named(kind, name, tmp_path):
     (tmp_path / "theirs").mkdir()
-    theirs = made(kind, tmp_path / "theirs", seed=3, final_eps=FINAL_EPS)
+    theirs = speaker_folder(kind, tmp_path / "theirs", seed=3, final_eps=FINAL_EPS)
     llm = llm_folder(tmp_path / "llm", kind, seed=3) if (tmp_path / "llm").mkdir() is None else None
-    before = lavis(theirs, name=name)
+    before = lavis_speaker(theirs, name=name)
     torch.save({"model": before}, tmp_path / "stage2.pth")
     with pytest.raises(WeightsError, match=rf"projection \({name}\) for a language model 32 wide, but not that model"):
         vlm.load(tmp_path / "stage2.pth")
@@ -298,10 +260,32 @@ def test_lavis_s_file_speaks_with_the_language_model_that_is_named(kind, name, t
         export_hf(model, tmp_path / "out")
 
 
+def test_by_the_command(tmp_path):
+    """A LAVIS file with the language model that is named, for transformers and back."""
+    import transformers
+
+    (tmp_path / "theirs").mkdir()
+    theirs = speaker_folder("opt", tmp_path / "theirs", final_eps=FINAL_EPS)
+    torch.save({"model": lavis_speaker(theirs)}, tmp_path / "stage2.pth")
+    words = ["export", "--model", str(tmp_path / "stage2.pth"), "--llm", str(tmp_path / "theirs"), "--out"]
+    run = CliRunner().invoke(app, [*words, str(tmp_path / "hf"), "--to", "hf", "--near"])
+    assert run.exit_code == 0, run.output
+    again = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hf").state_dict()
+    assert all(
+        torch.equal(again[name][: len(value)], value) for name, value in theirs.state_dict().items() if value.ndim
+    )
+    run = CliRunner().invoke(app, [*words, str(tmp_path / "again.pth"), "--to", "official"])
+    assert run.exit_code == 0, run.output
+    before, after = (read_tensors(tmp_path / name) for name in ("stage2.pth", "again.pth"))
+    assert set(after) == set(before) and all(torch.equal(after[key], value) for key, value in before.items())
+    run = CliRunner().invoke(app, [*words, str(tmp_path / "x"), "--to", "vlm", "--near"])
+    assert isinstance(run.exception, ConfigError) and "only --to hf has such settings" in str(run.exception)
+
+
 def test_lavis_s_instructblip_and_its_image_encoder_s_file(instructed, tmp_path):
     theirs, folder = instructed
-    whole = lavis(theirs, name="llm_proj")
-    torch.save({"model": lavis(theirs, name="llm_proj", image=False)}, tmp_path / "instruct.pth")
+    whole = lavis_speaker(theirs, name="llm_proj")
+    torch.save({"model": lavis_speaker(theirs, name="llm_proj", image=False)}, tmp_path / "instruct.pth")
     torch.save({"model": {k: v for k, v in whole.items() if k.startswith("visual_")}}, tmp_path / "eva_vit_g.pth")
     model = vlm.load(tmp_path / "instruct.pth", llm=str(folder), device="cpu")
     assert model.network.config.qformer.instructed
@@ -313,14 +297,14 @@ def test_lavis_s_instructblip_and_its_image_encoder_s_file(instructed, tmp_path)
 def test_opt_s_texts_end_with_a_line_break(tmp_path):
     from tokenizers import pre_tokenizers
 
-    theirs = made("opt", tmp_path, final_eps=FINAL_EPS)
+    theirs = speaker_folder("opt", tmp_path, final_eps=FINAL_EPS)
     path = tmp_path / "tokenizer.json"
     settings = json.loads(path.read_text())
     settings["model"]["vocab"] = {"\n" if k == "green" else k: v for k, v in settings["model"]["vocab"].items()}
     engine = Engine.from_str(json.dumps(settings))
     engine.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     path.write_text(engine.to_str())
-    torch.save({"model": lavis(theirs)}, tmp_path / "stage2.pth")
+    torch.save({"model": lavis_speaker(theirs)}, tmp_path / "stage2.pth")
     model = vlm.load(tmp_path / "stage2.pth", llm=str(tmp_path), device="cpu")
     assert model.tokenizer.end_id == engine.token_to_id("\n") != END
     model.save(tmp_path / "own")
@@ -336,7 +320,7 @@ def test_opt_s_texts_end_with_a_line_break(tmp_path):
     ],
 )
 def test_what_doesn_t_fit_is_named(tmp_path, change, message):
-    tensors = lavis(made("opt", tmp_path)) | change
+    tensors = lavis_speaker(speaker_folder("opt", tmp_path)) | change
     torch.save({"model": {k: v for k, v in tensors.items() if v is not None}}, tmp_path / "stage2.pth")
     with pytest.raises(WeightsError, match=message):
         vlm.load(tmp_path / "stage2.pth", llm=str(tmp_path))

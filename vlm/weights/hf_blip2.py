@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vlm.errors import ConfigError, WeightsError
 from vlm.models.blip2 import Blip2, Blip2Config
@@ -49,19 +50,25 @@ def load_hf_blip2(folder: Path, settings: Mapping[str, Any], name: str = "", *, 
 
     llm: see `vlm.weights.hf_blip2_llm.load_hf_speaker`.
     """
-    kinds = settings.get("architectures") or [DEFAULTS[settings["model_type"]]]
-    for kind in kinds:
-        if kind not in ARCHITECTURES:
-            raise WeightsError(f"{name or folder}: {kind} isn't known; expected one of {', '.join(ARCHITECTURES)}")
-    if kinds[0] == MATCHER:
+    kind = architecture(settings, name or str(folder))
+    if kind == MATCHER:
         return load_hf_matcher(folder, settings, name)
-    if kinds[0] == QFORMER:
+    if kind == QFORMER:
         from vlm.weights.hf_qformer import load_hf_qformer
 
         return load_hf_qformer(folder, settings, name)
     from vlm.weights.hf_blip2_llm import load_hf_speaker
 
     return load_hf_speaker(folder, settings, name, llm=llm)
+
+
+def architecture(settings: Mapping[str, Any], where: str) -> str:
+    """The class that config.json names. Raises WeightsError, with the known ones, for another."""
+    kinds = settings.get("architectures") or [DEFAULTS[settings["model_type"]]]
+    for kind in kinds:
+        if kind not in ARCHITECTURES:
+            raise WeightsError(f"{where}: {kind} isn't known; expected one of {', '.join(ARCHITECTURES)}")
+    return str(kinds[0])
 
 
 def load_hf_matcher(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:
@@ -77,6 +84,17 @@ def load_hf_matcher(folder: Path, settings: Mapping[str, Any], name: str = "") -
             that doesn't fit.
     """
     where = name or str(folder)
+    config, ours = read_matcher(folder, settings, where)
+    network: Any = empty(Blip2, config, where)
+    assign(network, ours, where=where)
+    text = config.text
+    tokenizer = read_tokenizer(folder, max_length=text.context_length, vocab_size=text.vocab_size)
+    transform = squashed(folder, config.image.image_size)
+    return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="blip2")
+
+
+def read_matcher(folder: Path, settings: Mapping[str, Any], where: str) -> tuple[Blip2Config, dict[str, Tensor]]:
+    """Our settings and tensors of a folder of Blip2ForImageTextRetrieval; see `load_hf_matcher`."""
     tensors = read_weights(folder)
     theirs = read_config("Blip2Config", settings, where)
     speaks = f"{HEAD}.bias" in tensors
@@ -86,13 +104,9 @@ def load_hf_matcher(folder: Path, settings: Mapping[str, Any], name: str = "") -
         image=image_config(theirs.vision_config, where=where), qformer=qformer, embed_dim=theirs.image_text_hidden_size,
         heads=("itc", "itm", "itg") if speaks else ("itc", "itm"),
     )  # fmt: skip
-    network: Any = empty(Blip2, config, where)
     ours = to_ours(tensors, _rules(config), where=where, left_out=LEFT_OUT)
     temperature = float(settings.get(TEMPERATURE) or 1 / config.logit_scale_init)
-    assign(network, ours | {"log_scale": torch.tensor([temperature]).log().neg()}, where=where)
-    tokenizer = read_tokenizer(folder, max_length=qformer.text.context_length, vocab_size=qformer.text.vocab_size)
-    transform = squashed(folder, config.image.image_size)
-    return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="blip2")
+    return config, ours | {"log_scale": torch.tensor([temperature]).log().neg()}
 
 
 def export_hf_matcher(model: VisionLanguageModel, folder: Path, *, near: bool = False) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +53,28 @@ def load_hf_speaker(folder: Path, settings: Mapping[str, Any], name: str = "", *
             that doesn't fit.
     """
     where = name or str(folder)
+    config, ours = read_speaker(folder, settings, where)
+    config = replace(config, llm=replace(config.llm, name=llm or str(folder.resolve())))
+    network: Any = empty(Blip2Llm, config, where)
+    assign(network, ours, where=where)
+    complete(network, llm=str(folder))
+    transform = squashed(folder, config.image.image_size)
+    tokenizer = load_llm_tokenizer(str(folder))
+    return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="blip2-llm")
+
+
+def read_speaker(folder: Path, settings: Mapping[str, Any], where: str) -> tuple[Blip2LlmConfig, dict[str, Tensor]]:
+    """Our settings and tensors of such a folder, without its language model; see `load_hf_speaker`."""
     instructed = settings["model_type"] == "instructblip"
     theirs = read_config("InstructBlipConfig" if instructed else "Blip2Config", settings, where)
     qformer = qformer_config(
         theirs.qformer_config, theirs.num_query_tokens, words=instructed, instructed=instructed, where=where
     )
-    named = LlmConfig(name=llm or str(folder.resolve()), width=theirs.text_config.hidden_size)
-    config = Blip2LlmConfig(image=image_config(theirs.vision_config, where=where), qformer=qformer, llm=named)
-    network: Any = empty(Blip2Llm, config, where)
-    tensors = read_weights(folder, without=LLM)
+    llm = LlmConfig(name="", width=theirs.text_config.hidden_size)
+    config = Blip2LlmConfig(image=image_config(theirs.vision_config, where=where), qformer=qformer, llm=llm)
     unread = (UNREAD,) if getattr(theirs.qformer_config, "use_qformer_text_input", False) else ()
-    assign(network, to_ours(tensors, _rules(config), where=where, left_out=(*LEFT_OUT, *unread)), where=where)
-    complete(network, llm=str(folder))
-    transform = squashed(folder, config.image.image_size)
-    tokenizer = load_llm_tokenizer(str(folder))
-    return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="blip2-llm")
+    tensors = read_weights(folder, without=LLM)
+    return config, to_ours(tensors, _rules(config), where=where, left_out=(*LEFT_OUT, *unread))
 
 
 def export_hf_speaker(model: VisionLanguageModel, folder: Path, *, near: bool = False) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
@@ -32,14 +32,18 @@ def load_hf_qformer(folder: Path, settings: Mapping[str, Any], name: str = "") -
     `vlm.weights.hf_blip2.load_hf_matcher`.
     """
     where = name or str(folder)
-    tensors = read_weights(folder)
-    theirs = read_config("Blip2QFormerConfig", settings, where)
-    config = qformer_config(theirs, QFormerConfig.queries, words=theirs.use_qformer_text_input, where=where)
+    config, ours = read_qformer(folder, settings, where)
     network: Any = empty(QFormer, config, where)
-    ours = to_ours(tensors, layer_rules(config, HF_ALONE), where=where, left_out=LEFT_OUT)
     rest = {name: torch.zeros_like(value) for name, value in network.state_dict().items() if name in NOT_THEIRS}
     assign(network, ours | rest, where=where)
     return VisionLanguageModel(network, wordpiece(), ImageTransform(224), name=name or folder.name, family="qformer")
+
+
+def read_qformer(folder: Path, settings: Mapping[str, Any], where: str) -> tuple[QFormerConfig, dict[str, Tensor]]:
+    """Our settings and tensors of a folder of Blip2QFormerModel: those of its layers."""
+    theirs = read_config("Blip2QFormerConfig", settings, where)
+    config = qformer_config(theirs, QFormerConfig.queries, words=theirs.use_qformer_text_input, where=where)
+    return config, to_ours(read_weights(folder), layer_rules(config, HF_ALONE), where=where, left_out=LEFT_OUT)
 
 
 def export_hf_qformer(network: nn.Module, folder: Path | str) -> Path:
