@@ -145,14 +145,18 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             seconds: dict[str, list[float]] = {side: [] for side in SIDES}
             for turn in range(options.rounds):
                 for side in sorted(SIDES, reverse=bool(turn % 2)):
-                    step = runs[side]
-                    seconds[side].append(timed(lambda _, step=step: step(pixels), [0], options.device))
+                    seconds[side].append(seconds_of(runs[side], pixels, options.device))
             found.append({"batch": batch, "beams": beams, "different_tokens": different} | compare(seconds))
     return {
         "preset": options.preset, "new_tokens": options.tokens, "rounds": options.rounds, "device": options.device,
         "machine": machine(options.device), "threads": torch.get_num_threads(), "pixels": side_px,
         "versions": versions("torch", "transformers"), "runs": found,
     }  # fmt: skip
+
+
+def seconds_of(run: Run, pixels: Tensor, device: str) -> float:
+    """Seconds of one search."""
+    return timed(lambda _: run(pixels), [0], device)
 
 
 def check_tokens(found: dict[str, Tensor], length: int) -> int:

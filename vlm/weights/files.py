@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,8 @@ from vlm.weights.rules import refuse
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
 BASE = "base"
-"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out."""
+"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out, and `parts` where the
+model has some of its parts alone."""
 MORE_ROWS = "@rows"
 """Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
 
@@ -44,6 +45,10 @@ class Base(NamedTuple):
     tensors: Mapping[str, Tensor]
     sha256: str
     """Of its weights file: a base that was trained anew must not slip into what was trained on the old one."""
+
+    def only(self, parts: Collection[str]) -> Base:
+        """Some parts of it, such as its image encoder, by what their tensors' names begin with."""
+        return self._replace(tensors={n: value for n, value in self.tensors.items() if n.split(".")[0] in parts})
 
 
 def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
@@ -146,7 +151,7 @@ def save_model(
 
     dtype: of the stored tensors with fractions; None keeps them. card: text of README.md. base: a shipped model
     whose tensors aren't stored a second time. The folder appears whole or stays as it was. Raises WeightsError
-    when it can't be written, or lacks a tensor of its base.
+    when it can't be written, or shares no part with its base.
     """
     config = {
         "family": family,
@@ -160,8 +165,10 @@ def save_model(
         for key, value in network.state_dict().items()
     }
     if base is not None:
-        tensors = without_shared(tensors, base)
-        config[BASE] = {"name": base.name, "sha256": base.sha256}
+        parts = shared_parts(tensors, base)
+        tensors = without_shared(tensors, base.only(parts))
+        whole = parts == {name.split(".")[0] for name in base.tensors}
+        config[BASE] = {"name": base.name, "sha256": base.sha256} | ({} if whole else {"parts": sorted(parts)})
 
     def fill(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -172,6 +179,17 @@ def save_model(
         write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
+
+
+def shared_parts(tensors: Mapping[str, Tensor], base: Base) -> set[str]:
+    """Parts that a model has in common with a base, by what their tensors' names begin with.
+
+    Raises WeightsError when there are none.
+    """
+    found = {name.split(".")[0] for name in base.tensors} & {name.split(".")[0] for name in tensors}
+    if not found:
+        raise WeightsError(f"base {base.name}: this model has no part of it, such as {next(iter(base.tensors))}")
+    return found
 
 
 def without_shared(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
