@@ -130,6 +130,8 @@ def _from_folder(folder: Path, llm: str) -> VisionLanguageModel:
         return load_folder(folder, llm=llm)
     from vlm.weights.from_hf import load_hf_folder
 
+    if llm:
+        raise WeightsError(f"{folder}: a folder of transformers holds its language model; leave llm out")
     return load_hf_folder(folder)
 
 
