@@ -30,8 +30,8 @@ Templates = Annotated[
 LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="A file with one label a line.")]
 
 
-def load_model(name: str, device: str, *, llm: str = "") -> Any:
-    """The model on its device; llm: see `vlm.load`."""
+def load_model(name: str, device: str, *, llm: str = "", image: Path | None = None) -> Any:
+    """The model on its device; llm, image: see `vlm.load`."""
     from vlm.train.distributed import pick_device
     from vlm.weights.load import load
     from vlm.weights.shipped import shipped
@@ -43,7 +43,7 @@ def load_model(name: str, device: str, *, llm: str = "") -> Any:
             f"{name} isn't in this checkout; train it with `vlm train {stage} --config tiny --out runs/{name}` and "
             f"give `--model runs/{name}`, or name another model (`vlm models` says which)"
         )
-    return load(name, device=pick_device(device), llm=llm)
+    return load(name, device=pick_device(device), llm=llm, image=image)
 
 
 def read_labels(labels: str, labels_file: Path | None) -> list[str]:

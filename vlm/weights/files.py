@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,10 +60,11 @@ class Base(NamedTuple):
         return self._replace(tensors={n: value for n, value in self.tensors.items() if n.split(".")[0] in parts})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
     """All tensors of a checkpoint file: safetensors, or torch's format with weights only.
 
-    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. Raises WeightsError when the file is
+    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. without: tensors whose names begin so are
+    left out, and of safetensors not even read. Raises WeightsError when the file is
     missing, damaged, no checkpoint, or would have to run code to be read.
     """
     if not path.is_file():
@@ -75,7 +76,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: this is {kind}, not weights; download the file itself")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_file(path) if not without else _load_without(path, without)
         # Mapped, so that what isn't asked for (a teacher, a queue, an optimiser) isn't read; older files can't be.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -98,20 +99,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     named = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
-    return named
+    return {name: value for name, value in named.items() if not (without and name.startswith(without))}
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as ``transformers`` writes it, in one file or in shards.
+def _load_without(path: Path, start: str) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names if not name.startswith(start)}
+
+
+def read_weights(folder: Path, *, without: str = "") -> dict[str, Tensor]:
+    """All tensors of a folder as ``transformers`` writes it, in one file or in shards; without: see `read_tensors`.
 
     Raises WeightsError when there are none or a file can't be read.
     """
     if (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+        read = (read_tensors(folder / name, without=without) for name in names)
+        return {key: value for part in read for key, value in part.items()}
     for name in (WEIGHTS, TORCH_WEIGHTS):
         if (folder / name).is_file():
-            return read_tensors(folder / name)
+            return read_tensors(folder / name, without=without)
     raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or {TORCH_WEIGHTS}")
 
 
