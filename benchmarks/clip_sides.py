@@ -63,7 +63,7 @@ def make_material(options: argparse.Namespace, shape: Shape, *, batches: int) ->
     import torch
 
     from vlm.data.batch import Batch
-    from vlm.data.loader import plan
+    from vlm.data.plan import plan
     from vlm.data.samples import caption_id
     from vlm.data.tokenizers import clip_bpe
 

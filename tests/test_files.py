@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from vlm.errors import DataError, TrainingError
-from vlm.files import write_file, write_folder, write_text
+from vlm.files import make_once, write_file, write_folder, write_text
 
 
 def full(file: BinaryIO) -> None:
@@ -72,3 +74,38 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
         write_folder(target, broken)
     assert [path.name for path in target.iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def _make(target: Path, marks: Path) -> None:
+    def fill(folder: Path) -> None:
+        (marks / str(os.getpid())).touch()
+        time.sleep(0.3)
+        (folder / "a").write_text("whole")
+
+    make_once(target, fill)
+    if (target / "a").read_text() != "whole":
+        raise SystemExit(1)
+
+
+def test_one_process_makes_a_folder_that_others_wait_for(tmp_path: Path) -> None:
+    target, marks = tmp_path / "deep" / "made", tmp_path / "marks"
+    marks.mkdir()
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=_make, args=(target, marks)) for _ in range(4)]
+    for one in others:
+        one.start()
+    for one in others:
+        one.join(30)
+    assert [one.exitcode for one in others] == [0] * 4
+    assert len(list(marks.iterdir())) == 1
+    assert [path.name for path in target.parent.iterdir() if not path.name.startswith(".lock")] == ["made"]
+
+
+def test_what_fails_leaves_no_folder(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyError("half-way")
+
+    with pytest.raises(KeyError, match="half-way"):
+        make_once(tmp_path / "made", fill)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".lock")] == []

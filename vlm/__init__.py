@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Captioner", "VlmError", "ZeroShotClassifier", "__version__", "load"]
+__all__ = ["Asker", "Captioner", "Chat", "VlmError", "ZeroShotClassifier", "__version__", "load"]
 
 if TYPE_CHECKING:
     from vlm.errors import VlmError
+    from vlm.tasks.ask import Asker, Chat
     from vlm.tasks.caption import Captioner
     from vlm.tasks.zero_shot import ZeroShotClassifier
     from vlm.weights.load import load
 
 # Found when first asked for, so that `import vlm` stays fast.
 _PLACES = {
+    "Asker": "vlm.tasks.ask",
+    "Chat": "vlm.tasks.ask",
     "Captioner": "vlm.tasks.caption",
     "VlmError": "vlm.errors",
     "ZeroShotClassifier": "vlm.tasks.zero_shot",

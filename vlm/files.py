@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TextIO, TypeVar
 
 from vlm.errors import DataError, VlmError
 
@@ -70,6 +70,49 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_once(target: Path, fill: Callable[[Path], None]) -> None:
+    """Call `fill` on a temporary folder and give it the name `target`, unless that is there already.
+
+    Of several processes one does it, the others wait; where locks can't be had the first that is done wins. Whatever
+    `fill` raises comes through, and nothing is left. Raises DataError where the folder above can't be written.
+    """
+    if target.is_dir():
+        return
+    temporary = target.with_name(f".tmp-{target.name}-{secrets.token_hex(8)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = target.with_name(f".lock-{target.name}").open("w")
+    except OSError as problem:
+        raise DataError(f"{target.parent}: can't be written ({problem.strerror or problem})") from problem
+    with file:
+        _wait_for_lock(file)
+        if target.is_dir():
+            return
+        try:
+            temporary.mkdir()
+            fill(temporary)
+            _name_it(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_lock(file: TextIO) -> None:
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except (ImportError, OSError) as problem:
+        logger.debug("%s: no lock can be had there (%s)", file.name, problem)
+
+
+def _name_it(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
 
 
 @contextlib.contextmanager

@@ -37,6 +37,16 @@ def test_the_table_is_written_and_gone_on_with(run: Run, stubbed: None, tmp_path
     assert len(json.loads((tmp_path / "table.json").read_text("utf-8"))["results"]) == 12
 
 
+def test_the_table_lies_beside_the_runs_if_nothing_else_is_said(run: Run, stubbed: None, tmp_path: Path) -> None:
+    where = ("reproduce", "albef", "--noise", "0", "--out", tmp_path / "out")
+    done = run(*where, "--seeds", "0")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "table.md").read_text("utf-8") in done.out
+    assert run(*where, "--seeds", "1").code == 0  # what stands there stays in the table
+    results = json.loads((tmp_path / "out" / "table.json").read_text("utf-8"))["results"]
+    assert len(results) == 8 and {one["seed"] for one in results} == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -19,7 +19,8 @@ from tests.data.memory import Memory, encoded
 from vlm.data.augment import Augment
 from vlm.data.batch import KINDS, Batch
 from vlm.data.captions import CaptionVariation
-from vlm.data.loader import UNREADABLE, LoaderConfig, evaluation_batches, make_loader, plan, steps_per_epoch
+from vlm.data.loader import UNREADABLE, LoaderConfig, evaluation_batches, make_loader, steps_per_epoch
+from vlm.data.plan import plan
 from vlm.data.samples import Sample, caption_id, stable_id
 from vlm.data.tokenizers import Tokenizer, wordpiece
 from vlm.data.transforms import ImageTransform

@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm.data.loader import LoaderConfig, plan, steps_per_epoch
+from vlm.data.loader import LoaderConfig, steps_per_epoch
+from vlm.data.plan import plan
 
 
 @settings(max_examples=200, deadline=None)

@@ -15,7 +15,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlm.objectives.itc import itc, positives, sigmoid_itc, soft_cross_entropy
+from vlm.objectives.itc import cosines, itc, positives, sigmoid_itc, soft_cross_entropy
 
 SCALE, BIAS = torch.tensor(7.0), torch.tensor(-3.0)
 
@@ -91,6 +91,31 @@ def test_soft_cross_entropy_by_hand() -> None:
     positive = torch.tensor([[False, True], [True, True]])
     expected = torch.tensor([math.log(4.0) - math.log(3.0), math.log(2.0)])
     torch.testing.assert_close(soft_cross_entropy(logits, positive), expected)
+
+
+def test_smoothed_targets_are_torchs_own() -> None:
+    logits, same = torch.randn(5, 5, dtype=torch.float64), torch.eye(5, dtype=torch.bool)
+    expected = F.cross_entropy(logits, torch.arange(5), label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(soft_cross_entropy(logits, same, 0.1), expected)
+
+
+def test_the_nearest_of_several_features_counts() -> None:
+    """BLIP-2's queries, by hand and against a loop; either side may have them."""
+    rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.6, 0.8]]])  # two pictures, two queries each
+    columns = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.8, 0.6]])
+    torch.testing.assert_close(cosines(rows, columns), torch.tensor([[1.0, 0.0, 0.8], [0.6, 0.0, 0.96]]))
+    torch.testing.assert_close(cosines(columns, rows), cosines(rows, columns).T)
+
+
+def test_softmax_over_queries_equals_the_slow_loop() -> None:
+    generator = torch.Generator().manual_seed(1)
+    image = F.normalize(torch.randn(6, 3, 8, generator=generator, dtype=torch.float64), dim=-1)
+    text = F.normalize(torch.randn(6, 8, generator=generator, dtype=torch.float64), dim=-1)
+    best = torch.stack([torch.stack([(image[i] @ text[j]).max() for j in range(6)]) for i in range(6)])
+    both = [F.cross_entropy(7 * one, torch.arange(6)) for one in (best, best.T)]
+    for chunk in (0, 4):
+        found = itc(image, text, image, text, scale=SCALE.double(), row_ids=distinct(6), ids=distinct(6), chunk=chunk)
+        torch.testing.assert_close(found, (both[0] + both[1]) / 2)
 
 
 def test_softmax_by_hand() -> None:

@@ -15,6 +15,8 @@ from tests.train.small import ALONE, batch, make_batches, trainer
 from vlm.data.batch import Batch
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.blip2 import Blip2, Blip2Config
+from vlm.models.qformer import QFormerConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
@@ -44,6 +46,12 @@ def blip(**settings: Any) -> nn.Module:
     return Blip(BlipConfig(IMAGE, text, embed_dim=16, enc_id=49, dec_id=48, prompt_ids=(7, 8), **settings))
 
 
+def blip2(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    qformer = QFormerConfig(replace(TEXT, cross_layers=(0, 2)), queries=3, dec_id=49)
+    return Blip2(Blip2Config(IMAGE, qformer, embed_dim=16, **settings))
+
+
 STAGES = {
     "vilt": vilt,
     "albef": albef,
@@ -53,6 +61,8 @@ STAGES = {
     "blip as one": partial(blip, sharing="all"),
     "captioner": partial(blip, heads=("lm",)),
     "retriever": partial(blip, heads=("itc", "itm")),
+    "blip2": blip2,
+    "blip2 without itg": partial(blip2, itg_weight=0.0, prompt_ids=(7,)),
 }
 
 

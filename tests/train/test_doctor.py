@@ -109,6 +109,7 @@ def test_words_at_chance() -> None:
     config = CONFIG | {"model": {"text": {"vocab_size": 30524}, "logit_scale_max": 100.0}}
     (finding,) = diagnose(made(lambda s, d: {"lm": 10.2}, config=config))
     assert (finding.level, finding.name) == ("wrong", "lm at chance") and "ln(30524) = 10.326" in finding.evidence
+    assert names(made(lambda s, d: {"itg": 10.2}, config=config)) == ["wrong: itg at chance"]
     assert names(made(lambda s, d: {"lm": 10.3 - 5 * d}, config=config)) == []
     assert names(made(config=config)) == []
 

@@ -73,13 +73,14 @@ def assert_same(found: dict[str, torch.Tensor | None], expected: dict[str, torch
     assert sum(gradient.norm() ** 2 for gradient in expected.values()) > 1e-2
 
 
-CASES = [("vilt", False), ("albef", False), ("albef", True), ("blip", False), ("blip", True)]
+CASES = [("vilt", False), ("albef", False), ("albef", True), ("blip", False), ("blip", True), ("blip2", False)]
 SETTINGS = [
     ("albef mixed", True),
     ("blip apart", True),
     ("blip as one", False),
     ("captioner", False),
     ("retriever", True),
+    ("blip2 without itg", False),
 ]
 
 
@@ -157,6 +158,8 @@ def ranks_task(here: Ranks, kind: str, stage: str, taught: bool, parts: int, exp
         ("ddp", "captioner", False, 2),
         ("fsdp", "blip", True, 2),
         ("fsdp", "blip apart", False, 1),
+        ("ddp", "blip2", False, 2),
+        ("fsdp", "blip2", False, 2),
     ],
 )
 def test_two_ranks_equal_one(kind: str, stage: str, taught: bool, parts: int) -> None:

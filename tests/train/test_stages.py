@@ -16,7 +16,7 @@ from tests.train.small import ALONE, forget_last, spawn
 from tests.weights import albef_reference, blip_reference
 from tests.weights.albef_reference import QUEUE, reference
 from vlm.apps.cli import app
-from vlm.data.loader import shuffled_texts
+from vlm.data.plan import shuffled_texts
 from vlm.errors import ConfigError
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
@@ -41,6 +41,10 @@ STAGES = {
         f"model.text={{{TEXT.replace('30522', '30524')}, layers: 2, cross_layers: [0, 1], cross_width: 32}}",
         "train.teacher.queue=20",
     ],
+    "blip2": [
+        "model.embed_dim=16",
+        f"model.qformer.text={{{TEXT.replace('30522', '30523')}, layers: 2, cross_layers: [0], cross_width: 32}}",
+    ],
 }  # fmt: skip
 
 
@@ -61,7 +65,7 @@ def clip(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "clip"
 
 
-@pytest.mark.parametrize("stage", ["vilt", "albef", "blip"])
+@pytest.mark.parametrize("stage", ["vilt", "albef", "blip", "blip2"])
 def test_command_trains_the_stage_from_clip(folder: Path, clip: Path, tmp_path: Path, stage: str) -> None:
     run = tmp_path / stage
     more = [*STAGES[stage], *COMMON, "train.optim.lr=0", f"validation={json.dumps([str(folder)])}"]
@@ -69,12 +73,13 @@ def test_command_trains_the_stage_from_clip(folder: Path, clip: Path, tmp_path: 
     result = CliRunner().invoke(app, ["train", stage, *options, *more])
     assert result.exit_code == 0, result.output + str(result.exception)
     taught = {"itc", "itm", "alpha", "teacher_distance"}
-    parts = {"vilt": {"itm", "mlm", "wpa"}, "albef": taught | {"mlm"}, "blip": taught | {"lm"}}[stage]
+    parts = {"vilt": {"itm", "mlm", "wpa"}, "albef": taught | {"mlm"}, "blip": taught | {"lm"}}
+    parts["blip2"] = {"itc", "itm", "itg", "itg_accuracy", "scale"}
     lines = read_metrics(run / "metrics.jsonl")
-    assert parts <= {name for line in lines for name in line}
+    assert parts[stage] <= {name for line in lines for name in line}
     figures = next(line for line in lines if line["kind"] == "evaluate")
     assert "match_order" in figures and ("recall" in figures) == (stage != "vilt")
-    assert ("lm_loss" in figures) == (stage == "blip")
+    assert ("lm_loss" in figures) == (stage in ("blip", "blip2"))
     model, first = vlm.load(run, device="cpu"), vlm.load(clip, device="cpu")
     assert model.family == stage
     for name, value in first.network.image.state_dict().items():  # with a rate of 0 the start shows
@@ -83,7 +88,7 @@ def test_command_trains_the_stage_from_clip(folder: Path, clip: Path, tmp_path: 
     assert logits.shape == (1, 2) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("stage", ["vilt", "albef", "blip"])
+@pytest.mark.parametrize("stage", ["vilt", "albef", "blip", "blip2"])
 def test_masks_and_partners_dont_depend_on_workers_or_a_break(folder: Path, tmp_path: Path, stage: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
@@ -98,7 +103,7 @@ def two(here, stage: str, folder: str, run: str) -> None:
     train_stage(settings(stage, Path(folder)), Path(run), here, progress=False)
 
 
-@pytest.mark.parametrize("stage", ["vilt", "albef", "blip"])
+@pytest.mark.parametrize("stage", ["vilt", "albef", "blip", "blip2"])
 def test_two_ranks_equal_one(folder: Path, tmp_path: Path, stage: str) -> None:
     train_stage(settings(stage, folder), tmp_path / "one", ALONE, progress=False)
     spawn(two, stage, str(folder), str(tmp_path / "two"))

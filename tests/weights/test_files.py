@@ -4,6 +4,7 @@ import os
 import pickle
 import stat
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 from vlm.weights.files import Base, build, read_tensors, save_model, with_shared, without_shared
 from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.shipped import base_of, model_tensors
 from vlm.weights.start import start_from
 
 TEXT = TransformerConfig(vocab_size=30522, context_length=24, width=32, layers=2, heads=4, mlp_width=48, token_types=2)
@@ -54,7 +56,8 @@ def test_damaged_files(tmp_path, suffix):
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     assert torch.equal(read_tensors(path)["weight"], tensors["weight"])
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"\x00" * 500):
+    garbage = (b"", b"hi", b"a", b".", b"G", b"}]Ns.", b"co:\xcf\n", b"a plain text\n", b"\x00" * 500, b"\x80\x02h")
+    for content in (whole[: len(whole) // 2], *garbage):
         path.write_bytes(content)
         with pytest.raises(WeightsError, match=f"model{suffix}: (damaged|holds)"):
             read_tensors(path)
@@ -298,6 +301,23 @@ def test_a_folder_that_leaves_out_what_its_base_holds(tmp_path, monkeypatch):
     (tmp_path / "first" / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"second.config\.json: no shipped model 'first'"):
         vlm.load(tmp_path / "second")
+
+
+def test_a_part_alone_can_be_left_out(tmp_path, monkeypatch):
+    """Such as a frozen image encoder, in a model without the base's text tower."""
+    monkeypatch.setattr("vlm.weights.shipped._assets", lambda: tmp_path)
+    transform, words = ImageTransform(24), wordpiece()
+    save_model(scrambled(Clip(CONFIG)), words, transform, tmp_path / "first", name="first")
+    base = base_of("first", where="base")
+    image = {name: value for name, value in base.tensors.items() if name.startswith("image.")}
+    model = SimpleNamespace(config=CONFIG, state_dict=lambda: image | {"queries": torch.ones(2)})
+    save_model(model, words, transform, tmp_path / "second", name="second", base=base)
+    assert set(load_file(tmp_path / "second" / "model.safetensors")) == {"queries"}
+    found = model_tensors(tmp_path / "second")
+    assert found.keys() == model.state_dict().keys() and all(torch.equal(found[n], image[n]) for n in image)
+    alone = SimpleNamespace(config=CONFIG, state_dict=lambda: {"queries": torch.ones(2)})
+    with pytest.raises(WeightsError, match="base first: this model has no part of it, such as image"):
+        save_model(alone, words, transform, tmp_path / "third", name="third", base=base)
 
 
 def test_what_is_left_out_comes_back():

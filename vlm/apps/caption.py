@@ -47,6 +47,7 @@ class CaptionOptions:
     fresh: Annotated[bool, _option("Caption also what has captions there already.", "--fresh")] = False
     batch_size: Annotated[int, _option("Pictures that run at once.", min=1)] = 16
     device: Annotated[str, _option("auto, cpu, cuda or cuda:N.")] = "auto"
+    llm: Annotated[str, _option("Where a BLIP-2's language model is, if not where it was.", "--llm")] = ""
     progress: Annotated[bool | None, _option("A bar with rate and remaining time. [on a terminal]")] = None
 
 
@@ -119,7 +120,7 @@ def _run(options: CaptionOptions, config: Any, pictures: Sequence[Any], sink: Si
     from vlm.models.packed import pack_linears
     from vlm.tasks.caption import Captioner
 
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, options.device, llm=options.llm)
     captioner = Captioner(model, config, prompt=options.prompt, seed=options.seed, batch_size=options.batch_size)
     pack_linears(model.network)
     hidden = None if options.progress is None else not options.progress

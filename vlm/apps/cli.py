@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps import capfilt, caption, classify, data, doctor, evaluate, explain, models, reproduce, train
+from vlm.apps import ask, capfilt, caption, classify, data, doctor, evaluate, explain, models, reproduce, train
 from vlm.apps.serve import command as serve
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(reproduce.app, name="reproduce")
 app.command()(classify.classify)
 app.command()(caption.caption)
+app.command()(ask.ask)
+app.command()(ask.chat)
 app.command()(serve.serve)
 app.command()(explain.explain)
 app.command()(doctor.doctor)

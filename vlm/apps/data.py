@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,52 @@ def build(
     for split, count in manifest["splits"].items():
         typer.echo(f"{split:16} {count:7,}")
     typer.echo(f"{manifest['bytes']:,} bytes in {len(manifest['shards'])} shards under {out}")
+
+
+@app.command()
+def features(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features; goes on with a part of them.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for vlm train.")
+    ] = None,
+    config: Annotated[str, typer.Option("--config", help="tiny, base, or a YAML file: the run to come.")] = "tiny",
+    stage: Annotated[str, typer.Option(help="Stage of that run, one with a frozen image encoder.")] = "blip2",
+    data: Annotated[list[str] | None, typer.Option("--data", help="Training set, as for vlm train.")] = None,
+    start: Annotated[list[str] | None, typer.Option("--start", help="Weights to begin with, as for vlm train.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Keep 16-bit numbers: half the room, nearly the same.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that run at once.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Compute once what a frozen image encoder makes of a training set; train on it with features=FOLDER."""
+    from tqdm import tqdm
+
+    from vlm.train.config import load_config, named_config
+    from vlm.train.distributed import pick_device
+    from vlm.train.features import compute_features
+    from vlm.train.run import begun_network, make_transform, run_kind
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    changes = list(overrides or [])
+    changes += [f"{name}={json.dumps(values)}" for name, values in (("data", data), ("start", start)) if values]
+    settings = load_config(run_kind(stage), named_config(stage, config), changes)
+    network, transform = begun_network(settings), make_transform(settings)
+    with tqdm(unit="pictures", disable=not sys.stderr.isatty()) as bar:
+
+        def show(done: int, samples: int) -> None:
+            bar.total = samples
+            bar.update(done - bar.n)
+
+        store = compute_features(
+            network, transform, settings.data, out, device=pick_device(device), kind="float16" if half else "float32",
+            batch_size=batch_size, workers=workers, progress=show,
+        )  # fmt: skip
+    samples, states, width = store.shape
+    size = sum(path.stat().st_size for path in out.glob("*.bin"))
+    typer.echo(f"{samples:,} pictures as {states} x {width}, {size:,} bytes in {out}")
+    if store.unreadable():
+        typer.echo(f"{store.unreadable():,} pictures can't be decoded; vlm data check lists them")
+    typer.echo(f"train on them with: vlm train {stage} features={out} loader.augment={{}}")
 
 
 @app.command()

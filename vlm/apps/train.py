@@ -23,7 +23,9 @@ STAGES = {
     "clip": "Train CLIP (ITC).",
     "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower.",
     "albef": "Train ALBEF (ITC, ITM, MLM, momentum distillation), from a CLIP.",
+    "blip2-llm": "Train BLIP-2's second step (a Q-Former's queries as words for a frozen language model).",
     "blip": "Train BLIP (ITC, ITM, LM with a teacher for ITC), from an ALBEF or a CLIP.",
+    "blip2": "Train BLIP-2's first stage (ITC, ITM, ITG of a Q-Former on frozen images), from a CLIP and a BERT.",
 }
 SEVERAL = "Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train {} ..."
 

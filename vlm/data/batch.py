@@ -67,7 +67,8 @@ class Tokens(Mapping[str, Tensor]):
 KINDS = ("concept", "caption", "text", "picture")
 """What the ids of a row are hashes of: the concept, the caption that was drawn, the text made of it, and the file of
 the picture. Rows that share one say or show the same."""
-TENSORS = ("pixels", "tokens", "ids", "masked_ids", "labels", "pixel_mask")
+ROWS = ("pixel_mask", "given", "seen")
+TENSORS = ("pixels", "tokens", "ids", "masked_ids", "labels", *ROWS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ class Batch:
     """Pictures with one text each: the rows that one rank takes in one step."""
 
     pixels: Tensor
-    """(B, 3, H, W) float32, normalised by the model's own preprocessing."""
+    """(B, 3, H, W) float32, normalised by the model's own preprocessing; (B, 3, 0, 0) where `seen` is there."""
 
     tokens: Tokens
     """The texts, padded to the longest of the batch."""
@@ -101,6 +102,13 @@ class Batch:
 
     pixel_mask: Tensor | None = None
     """(B, H, W) bool, true on pixels that aren't padding; None where all pictures fill theirs."""
+
+    given: Tensor | None = None
+    """(B,) int64 leading tokens of each text that are read and not said, such as a prompt's or a question's, the start
+    token counted; None for it alone."""
+
+    seen: Tensor | None = None
+    """(B, N, D) what a frozen image encoder made of the pictures before; None where it is to look at `pixels`."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -139,8 +147,7 @@ class Batch:
         found |= {"pixels": self.pixels[cut], "ids": self.ids[cut]}
         if self.masked_ids is not None and self.labels is not None:
             found |= {"masked_ids": self.masked_ids[cut, :length], "labels": self.labels[cut, :length]}
-        if self.pixel_mask is not None:
-            found |= {"pixel_mask": self.pixel_mask[cut]}
+        found |= {name: part[cut] for name in ROWS if (part := getattr(self, name)) is not None}
         return replace(self, **found)
 
     def _changed(self, change: Callable[[Any], Any]) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.data.augment import Augment, augment
 from vlm.data.batch import Batch
 from vlm.data.captions import CaptionVariation, first_caption, vary
+from vlm.data.features import FeatureStore
 from vlm.data.images import decode_image
-from vlm.data.samples import OWN, UNREADABLE, caption_id, stable_id
+from vlm.data.plan import plan, shuffled_texts
+from vlm.data.prompts import Prompts, asked
+from vlm.data.rows import Row, Unreadable, collate
+from vlm.data.samples import OWN, UNREADABLE, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
-from vlm.data.transforms import ImageTransform, pad_pictures
+from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, DataError, check_least
 
 logger = logging.getLogger("vlm.data")
@@ -53,42 +57,6 @@ class LoaderConfig:
             raise ConfigError("loader.max_length must be 0 (the tokenizer's own) or at least 2 (start and end token)")
 
 
-def plan(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int, bucket_batches: int = 1) -> list[np.ndarray]:
-    """The global batches of an epoch, each sample in exactly one of them.
-
-    A permutation by (seed, epoch) is cut into runs of `bucket_batches` batches; each run is sorted by length
-    and cut, and its batches are shuffled. The last batch is smaller where the size doesn't divide n; when it
-    would hold fewer than half a batch it joins the one before, since a contrast over a few rows says little.
-    Raises ConfigError when the size is below 1.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"loader.batch_size must be at least 1, got {batch_size}")
-    generator = np.random.default_rng((seed, epoch))
-    order = generator.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    run = batch_size * max(1, bucket_batches)
-    for start in range(0, len(order), run):
-        part = order[start : start + run]
-        if bucket_batches > 1:
-            part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    small = [batch for batch in batches if len(batch) < batch_size]
-    whole = [batch for batch in batches if len(batch) == batch_size]
-    if small and whole and len(small[0]) < batch_size / 2:
-        whole[-1] = np.concatenate([whole[-1], small.pop()])
-    whole = whole + small
-    return [whole[number] for number in generator.permutation(len(whole))]
-
-
-def shuffled_texts(samples: int, share: float, *, seed: int) -> dict[int, int]:
-    """Samples that get another's texts, and whose: a share of them, passed on in a circle of random order."""
-    count = round(share * samples)
-    if count < 2:
-        return {}
-    chosen = np.random.default_rng((seed, samples)).permutation(samples)[:count]
-    return dict(zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True))
-
-
 def steps_per_epoch(samples: int, config: LoaderConfig) -> int:
     """Batches that `plan` gives, without making it."""
     whole, rest = divmod(samples, config.batch_size)
@@ -105,6 +73,8 @@ def make_loader(
     skip_samples: int = 0,
     rank: int = 0,
     ranks: int = 1,
+    prompts: Prompts | None = None,
+    features: FeatureStore | None = None,
 ) -> Iterable[Batch]:
     """This rank's training batches of an epoch, from after the first `skip_samples` of it.
 
@@ -112,6 +82,8 @@ def make_loader(
     Order, text and picture of a sample depend on (seed, epoch, sample) alone.
     skip_samples: a batch's `consumed`; any number of ranks and workers goes on from there without repeating or
     losing a sample, as long as seed, batch_size and bucket_batches are the same.
+    prompts: what texts begin with, for a stage that says them.
+    features: of the source's pictures, which are then neither read nor decoded; texts are drawn as without them.
 
     The place of a picture that can't be decoded goes to the next readable one of the rank's rows, else of the
     global batch, so that ranks stay in step; it is warned about once and counted in the source's `problems`.
@@ -142,7 +114,7 @@ def make_loader(
             source.name, epoch, skip_samples,
         )  # fmt: skip
     work = [(batch, end) for batch, end in zip(batches, ends, strict=True) if end > skip_samples]
-    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks)
+    maker = _TrainingBatches(source, config, tokenizer, transform, epoch, work, rank, ranks, prompts, features)
     return _reported(_started(maker, config.workers), source, training=True)
 
 
@@ -154,8 +126,9 @@ def evaluation_batches(
     batch_size: int = 64,
     workers: int = 0,
     limit: int | None = None,
+    prompts: Prompts | None = None,
 ) -> Iterable[Batch]:
-    """All samples, or the first `limit`, in order, unchanged, with their first captions.
+    """All samples, or the first `limit`, in order, unchanged, with their first captions (questions, with `prompts`).
 
     Pictures that can't be decoded are left out, warned about once and counted in the source's `problems`.
     Raises DataError when the source is empty.
@@ -166,60 +139,11 @@ def evaluation_batches(
         raise ConfigError(f"batch_size and limit must be at least 1, got {batch_size} and {limit}")
     stop = len(source) if limit is None else min(limit, len(source))
     work = [list(range(start, min(start + batch_size, stop))) for start in range(0, stop, batch_size)]
-    maker = _EvaluationBatches(source, tokenizer, transform, work)
+    maker = _EvaluationBatches(source, tokenizer, transform, work, prompts)
     return _reported(_started(maker, workers), source, training=False)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sample as the model will see it."""
-
-    key: str
-    concept: str
-    pixels: torch.Tensor
-    """(3, H, W) float32."""
-    text: str
-    caption: str
-    """What the text was made of."""
-    file: bytes
-    """The picture's, for its hash."""
-
-    @property
-    def ids(self) -> list[int]:
-        """In the order of `KINDS`."""
-        return [stable_id(self.concept), caption_id(self.caption), caption_id(self.text), stable_id(self.file)]
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    """In place of a batch without a readable picture; an exception would come wrapped in a worker's trace."""
-
-    skipped: tuple[str, ...]
-
-
-def _collate(
-    rows: Sequence[_Row],
-    tokenizer: Tokenizer,
-    transform: ImageTransform,
-    max_length: int,
-    consumed: int,
-    skipped: Sequence[str],
-) -> Batch:
-    limit = min(max_length or tokenizer.max_length, tokenizer.max_length)
-    # Ranks and micro-batches exchange pictures, so that all have a mask or none has.
-    pixels, pixel_mask = pad_pictures([row.pixels for row in rows], masked=transform.resize == "fit")
-    return Batch(
-        pixels,
-        tokenizer([row.text for row in rows], max_length=limit),
-        torch.tensor([row.ids for row in rows], dtype=torch.int64),
-        tuple(row.key for row in rows),
-        consumed,
-        tuple(skipped),
-        pixel_mask=pixel_mask,
-    )
-
-
-class _TrainingBatches(Dataset[Batch | _Unreadable]):
+class _TrainingBatches(Dataset[Batch | Unreadable]):
     """Makes this rank's part of the batch with a number; lives in the workers."""
 
     def __init__(
@@ -232,26 +156,29 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
         work: list[tuple[np.ndarray, int]],
         rank: int,
         ranks: int,
+        prompts: Prompts | None,
+        features: FeatureStore | None,
     ) -> None:
+        self.features = features
         self.source, self.config, self.tokenizer, self.transform = source, config, tokenizer, transform
-        self.epoch, self.work, self.rank, self.ranks = epoch, work, rank, ranks
+        self.epoch, self.work, self.rank, self.ranks, self.prompts = epoch, work, rank, ranks, prompts
         self.foreign = shuffled_texts(len(source), config.shuffled, seed=config.seed)
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, number: int) -> Batch | _Unreadable:
+    def __getitem__(self, number: int) -> Batch | Unreadable:
         batch, consumed = self.work[number]
         skipped: list[str] = []
         rows = [self._row(sample, skipped) for sample in batch[self.rank :: self.ranks].tolist()]
         readable = [row for row in rows if row is not None] or self._borrowed(batch)
         if not readable:
-            return _Unreadable(tuple(skipped))
+            return Unreadable(tuple(skipped))
         spare = iter(readable * len(rows))
         filled = [row if row is not None else next(spare) for row in rows]
-        return _collate(filled, self.tokenizer, self.transform, self.config.max_length, consumed, skipped)
+        return collate(filled, self.tokenizer, self.transform, self.config.max_length, consumed, skipped)
 
-    def _borrowed(self, batch: np.ndarray) -> list[_Row]:
+    def _borrowed(self, batch: np.ndarray) -> list[Row]:
         """The first readable row of the other ranks, in a list; their own loaders tell what they skipped."""
         for place, sample in enumerate(batch.tolist()):
             row = None if place % self.ranks == self.rank else self._row(sample, [])
@@ -259,38 +186,48 @@ class _TrainingBatches(Dataset[Batch | _Unreadable]):
                 return [row]
         return []
 
-    def _row(self, number: int, skipped: list[str]) -> _Row | None:
+    def _row(self, number: int, skipped: list[str]) -> Row | None:
         """The changed sample; where it can't be read, None, and the reason is added to `skipped`."""
-        size = self.transform.size
+        key = self.source.keys[number]
         try:
-            sample = self.source[number]
-            # Twice the side that is needed, so that the resize still has something to average.
-            image = decode_image(sample.image, name=sample.key, min_side=2 * size)
+            if self.features is not None:
+                own, image, (seen, picture) = self.source.meta(number), None, self.features.row(number, key)
+            else:
+                sample = self.source[number]
+                # Twice the side that is needed, so that the resize still has something to average.
+                image = decode_image(sample.image, name=key, min_side=2 * self.transform.size)
+                own, picture = sample.meta, stable_id(sample.image)
         except DataError as error:
             skipped.append(str(error))
             return None
         rng = random.Random(stable_id(f"{self.config.seed}/{self.epoch}/{number}"))
         other = self.foreign.get(number)
-        meta = sample.meta if other is None else self.source.meta(other)
+        meta = own if other is None else self.source.meta(other)
         # Nobody knows that a foreign text is one: the sample stands for itself, not for its picture's concept.
-        concept = self.source.concepts[number] if other is None else f"{OWN}{sample.key}"
+        concept = self.source.concepts[number] if other is None else f"{OWN}{key}"
         text, caption = vary(meta, rng, self.config.captions)
-        # The picture must also stay a positive of its other captions.
-        said = "; ".join([text, *meta["captions"]])
-        image = augment(self.transform.fit(image), said, self.config.augment, rng)
-        return _Row(sample.key, concept, self.transform.normalise(image), text, caption, sample.image)
+        prompt, answer, cut = asked(meta, text, self.prompts, rng)
+        if image is not None:
+            # The picture must also stay a positive of its other captions.
+            said = "; ".join([text, *meta["captions"], prompt])
+            seen = self.transform.normalise(augment(self.transform.fit(image), said, self.config.augment, rng))
+        return Row(key, concept, picture, seen, text, caption, prompt, answer, cut)
 
 
-class _EvaluationBatches(Dataset[Batch | _Unreadable]):
+class _EvaluationBatches(Dataset[Batch | Unreadable]):
     """Makes the batch with a number, unchanged pictures and first captions."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]]) -> None:
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, transform: ImageTransform, work: list[list[int]],
+        prompts: Prompts | None,
+    ) -> None:  # fmt: skip
         self.source, self.tokenizer, self.transform, self.work = source, tokenizer, transform, work
+        self.prompts = prompts
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, number: int) -> Batch | _Unreadable:
+    def __getitem__(self, number: int) -> Batch | Unreadable:
         rows, skipped = [], []
         for place in self.work[number]:
             try:
@@ -300,13 +237,14 @@ class _EvaluationBatches(Dataset[Batch | _Unreadable]):
                 skipped.append(str(error))
                 continue
             text = first_caption(sample.meta)
-            rows.append(_Row(sample.key, self.source.concepts[place], pixels, text, text, sample.image))
+            own, kept = stable_id(sample.image), asked(sample.meta, text, self.prompts, None)
+            rows.append(Row(sample.key, self.source.concepts[place], own, pixels, text, text, *kept))
         if not rows:
-            return _Unreadable(tuple(skipped))
-        return _collate(rows, self.tokenizer, self.transform, 0, self.work[number][-1] + 1, skipped)
+            return Unreadable(tuple(skipped))
+        return collate(rows, self.tokenizer, self.transform, 0, self.work[number][-1] + 1, skipped)
 
 
-def _reported(loader: Iterable[Batch | _Unreadable], source: Source, *, training: bool) -> Iterator[Batch]:
+def _reported(loader: Iterable[Batch | Unreadable], source: Source, *, training: bool) -> Iterator[Batch]:
     """The batches, what was skipped on the way told and counted."""
     for batch in loader:
         for message in batch.skipped:
@@ -328,7 +266,7 @@ def _report(source: Source, message: str) -> None:
     problems.add(UNREADABLE, message)
 
 
-def _started(batches: Dataset[Batch | _Unreadable], workers: int) -> Iterable[Batch | _Unreadable]:
+def _started(batches: Dataset[Batch | Unreadable], workers: int) -> Iterable[Batch | Unreadable]:
     """A DataLoader over whole batches; its generator keeps it from drawing on the training's own."""
     settings: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _one_thread} if workers else {}
     return DataLoader(

@@ -18,6 +18,7 @@ UNREADABLE = "picture that can't be decoded (each showing counted)"
 ABSENT = "picture isn't there"
 DAMAGED = "damaged shard, its readable part is used"
 """Reasons for which `Problems` count what was asked for and could not be read."""
+ANSWER_FIELDS = ("answers", "answer")
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,24 @@ def with_captions(
 ) -> dict[str, Any]:
     """A copy of a sample's JSON with ``captions`` as a list of non-empty texts, duplicates removed.
 
-    Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`.
+    Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`. Where
+    there is a ``question``, its ``answers`` or ``answer`` come first, and ``pairs`` lists [question, answer].
     report: called with what was left out on the way, in words.
     Raises ValueError when it isn't an object or holds no text.
     """
     if not isinstance(meta, dict):
         raise ValueError("JSON is not an object")
     found: list[str] = []
-    for name in CAPTION_FIELDS:
+    question = meta.get("question")
+    asks = isinstance(question, str) and bool(question.strip())
+    for name in (*ANSWER_FIELDS, *CAPTION_FIELDS) if asks else CAPTION_FIELDS:
         value = meta.get(name)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
         found = [_clean(text) for text in texts if isinstance(text, str) and text.strip()]
         if found:
             if len(found) < len(texts) and report is not None:
                 report("empty caption beside others, left out")
+            asks = asks and name in ANSWER_FIELDS
             break
     found = found or [_clean(text) for text in extra if text.strip()]
     if not found:
@@ -117,7 +122,8 @@ def with_captions(
     captions = list(dict.fromkeys(found))
     if len(captions) < len(found) and report is not None:
         report("same caption twice for one picture, kept once")
-    return {**meta, "captions": captions}
+    pairs = {"pairs": [[_clean(str(question)), answer] for answer in captions]} if asks else {}
+    return {**meta, "captions": captions, **pairs}
 
 
 def _clean(text: str) -> str:

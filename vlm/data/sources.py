@@ -293,7 +293,9 @@ def _open_table(path: Path) -> FileSource:
         known = merged.setdefault(image, meta)
         if known is not meta:
             fresh = [caption for caption in meta["captions"] if caption not in known["captions"]]
-            if len(fresh) < len(meta["captions"]):
+            if "pairs" in meta:  # the same answer may belong to several questions
+                known["pairs"] = known.get("pairs", []) + meta["pairs"]
+            elif len(fresh) < len(meta["captions"]):
                 problems.add("same caption twice for one picture, kept once", where)
             known["captions"] += fresh
     return FileSource(str(path), path.parent, list(merged.items()), problems)

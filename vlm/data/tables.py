@@ -12,7 +12,7 @@ from vlm.data.samples import Problems, parse_json
 from vlm.errors import DataError
 
 IMAGE_COLUMNS = ("image", "filepath", "file", "path", "file_name", "filename", "image_path")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "answer", "answers")
 ADDRESS_COLUMNS = ("url", "image_url")
 END = "\0end of the table"
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")

@@ -1,4 +1,4 @@
-"""Texts to token ids, offline: BERT's WordPiece (the lineage's own towers) and CLIP's byte-pair encoding."""
+"""Texts to token ids, offline: BERT's WordPiece (the lineage's own towers), CLIP's byte pairs, a language model's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vlm.data.batch import Tokens
+from vlm.data.llm_tokenizer import VOCABULARY, llm_parts, read_llm_files
 from vlm.errors import DataError, nearest
 
 # The loader tokenises in forked workers: threads started before the fork would be lost.
@@ -72,7 +73,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class _Backed:
-    """A `tokenizers` model with what our interface adds; built by `wordpiece` and `clip_bpe`."""
+    """A `tokenizers` model with what our interface adds; built by `wordpiece`, `clip_bpe` and `llm_tokenizer`."""
 
     kind: str
     vocab_size: int
@@ -174,6 +175,20 @@ def clip_bpe(merges: Path | str | None = None, *, max_length: int = 77) -> Token
     return _clip(("#version: 0.2\n" + "\n".join(used) + "\n").encode("utf-8"), max_length)
 
 
+def llm_tokenizer(
+    vocabulary: Path | str | None, *, max_length: int = 256, files: dict[str, bytes] | None = None
+) -> Tokenizer:
+    """A language model's own: start token, text, end token.
+
+    vocabulary: a tokenizer.json of ``tokenizers`` with a special_ids.json beside it, as `save` writes them. files:
+    their content instead. max_length: as for `wordpiece`. Raises DataError when one can't be read.
+    """
+    if files is None and vocabulary is None:
+        raise DataError("a language model's tokenizer doesn't ship with the package: put its tokenizer.json there")
+    found = llm_parts(read_llm_files(Path(str(vocabulary))) if files is None else files, where=str(vocabulary))
+    return _Backed(kind="llm", max_length=max_length, **found)
+
+
 def load_tokenizer(source: Path | str | dict[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer from its `to_dict`, or from a folder that `save` wrote into.
 
@@ -197,6 +212,8 @@ def load_tokenizer(source: Path | str | dict[str, Any]) -> Tokenizer:
             settings["kind"] = "wordpiece"
         elif (folder / "merges.txt").is_file():
             settings["kind"] = "clip"
+        elif (folder / VOCABULARY).is_file():
+            settings["kind"] = "llm"
         else:
             raise DataError(f"{folder}: no vocabulary, expected vocab.txt (WordPiece) or merges.txt (CLIP)")
     return _from_settings(settings, folder)
@@ -207,9 +224,10 @@ def _from_settings(settings: dict[str, Any], folder: Path | None) -> Tokenizer:
     makers: dict[str, tuple[Callable[..., Tokenizer], str, int]] = {
         "wordpiece": (wordpiece, "vocab.txt", 64),
         "clip": (clip_bpe, "merges.txt", 77),
+        "llm": (llm_tokenizer, VOCABULARY, 256),
     }
     if kind not in makers:
-        raise DataError(f"tokenizer kind {kind!r} is unknown: wordpiece or clip{nearest(str(kind), makers)}")
+        raise DataError(f"tokenizer kind {kind!r} is unknown: wordpiece, clip or llm{nearest(str(kind), makers)}")
     make, name, default = makers[kind]
     own = folder / name if folder is not None and (folder / name).is_file() else None
     made = make(own, max_length=int(settings.get("max_length", default)))
@@ -275,15 +293,8 @@ def _clip(content: bytes, max_length: int) -> Tokenizer:
     words = letters + [letter + "</w>" for letter in letters]
     words += [first + second for first, second in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {word: place for place, word in enumerate(words)}
-    engine = Engine(
-        models.BPE(
-            vocab=vocab,
-            merges=merges,
-            unk_token="<|endoftext|>",
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-        )
-    )
+    marks = {"unk_token": "<|endoftext|>", "continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+    engine = Engine(models.BPE(vocab=vocab, merges=merges, **marks))
     pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     engine.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -309,6 +320,8 @@ def _clip(content: bytes, max_length: int) -> Tokenizer:
 def _rebuild(kind: str, files: dict[str, bytes], max_length: int) -> Tokenizer:
     if kind == "clip":
         return _clip(files["merges.txt"], max_length)
+    if kind == "llm":
+        return llm_tokenizer("tokenizer.json", max_length=max_length, files=files)
     return _wordpiece(files["vocab.txt"], max_length, "vocab.txt")
 
 

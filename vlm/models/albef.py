@@ -281,7 +281,8 @@ class Albef(nn.Module):
 
 
 def _check(config: AlbefConfig) -> None:
-    space.check_aligned(config)
+    space.check_pools(config.image_pool, config.text_pool)
+    space.check_contrasted(config)
     fusion, layers = config.text.cross_layers, config.text.layers
     if not fusion or tuple(fusion) != tuple(range(min(fusion), layers)):
         raise ConfigError(f"text.cross_layers {list(fusion)} must be the last of {layers} layers, such as [6, 7, 8]")

@@ -320,7 +320,8 @@ class Blip(nn.Module):
 
 
 def _check(config: BlipConfig) -> None:
-    space.check_aligned(config)
+    space.check_pools(config.image_pool, config.text_pool)
+    space.check_contrasted(config)
     space.check_choice("sharing", config.sharing, SHARING)
     for head in config.heads:
         space.check_choice("head", head, HEADS)

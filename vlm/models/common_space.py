@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlm.errors import ConfigError, nearest
 from vlm.models.stage import Draws, Taught
 from vlm.objectives.distillation import itc_taught
-from vlm.objectives.itc import itc, positives
+from vlm.objectives.itc import cosines, itc, positives
 from vlm.objectives.itm import draw_negatives
 
 IMAGE_POOLS = ("cls", "mean")
@@ -37,16 +37,8 @@ class Rows(Protocol):
         """`input_ids` and `attention_mask`, each (B, L)."""
 
 
-class Aligned(Protocol):
-    """Settings of a stage that aligns before it fuses: ALBEF's and BLIP's."""
-
-    @property
-    def image_pool(self) -> str:
-        """One of `IMAGE_POOLS`."""
-
-    @property
-    def text_pool(self) -> str:
-        """One of `TEXT_POOLS`."""
+class Contrasted(Protocol):
+    """Settings of a stage that draws what it fuses by a contrast: ALBEF's, BLIP's and BLIP-2's."""
 
     @property
     def negatives(self) -> str:
@@ -69,12 +61,24 @@ class Aligned(Protocol):
         """Upper bound of the inverse temperature."""
 
 
+class Pooled(Protocol):
+    """Settings of a stage whose features are pooled states: ALBEF's and BLIP's."""
+
+    @property
+    def image_pool(self) -> str:
+        """One of `IMAGE_POOLS`."""
+
+    @property
+    def text_pool(self) -> str:
+        """One of `TEXT_POOLS`."""
+
+
 @dataclass(frozen=True)
 class ImageStates:
     """Images encoded once, to be compared and fused any number of times."""
 
     features: Tensor
-    """(B, D) unit norm, for contrast."""
+    """(B, D) unit norm, for contrast; (B, Q, D) of BLIP-2's queries."""
     states: Tensor
     """(B, N, D), what a text looks at."""
 
@@ -147,11 +151,12 @@ def contrast(
     ids: Tensor,
     taught: Taught | None,
     weight: float,
+    smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """What a stage's `contrast` gives: `scale`, the inverse temperature, and `itc` unless its weight is 0."""
     parts = {"scale": features["log_scale"].detach().exp().squeeze(0)}
     if weight:
-        parts["itc"] = align(features, everyone, row_ids=row_ids, ids=ids, taught=taught)
+        parts["itc"] = align(features, everyone, row_ids=row_ids, ids=ids, taught=taught, smoothing=smoothing)
     return parts
 
 
@@ -162,15 +167,17 @@ def align(
     row_ids: Tensor,
     ids: Tensor,
     taught: Taught | None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """ITC of some rows: against the teacher's features and the queue, or against everyone's where none teaches.
 
-    Arguments as for a stage's `contrast`. Returns a scalar, the mean over the rows.
+    Arguments as for a stage's `contrast`; smoothing: as for `itc`, without a teacher. Returns a scalar, the mean over
+    the rows.
     """
     scale = features["log_scale"].exp()
     if taught is None:
-        columns = (everyone["image"], everyone["text"])
-        return itc(features["image"], features["text"], *columns, scale=scale, row_ids=row_ids, ids=ids)
+        sides = (features["image"], features["text"], everyone["image"], everyone["text"])
+        return itc(*sides, scale=scale, row_ids=row_ids, ids=ids, smoothing=smoothing)
     return itc_taught(
         features["image"],
         features["text"],
@@ -193,7 +200,7 @@ def draw_partners(
     row_ids: Tensor,
     ids: Tensor,
     draws: Draws,
-    config: Aligned,
+    config: Contrasted,
 ) -> tuple[dict[str, Tensor], int]:
     """A negative image for each text and a negative text for each image (ALBEF §3.2).
 
@@ -205,7 +212,7 @@ def draw_partners(
     positive = positives(row_ids, ids)  # (b, B)
     partners = {}
     for kind, looking in (("image", "text"), ("text", "image")):
-        logits = features["log_scale"].exp() * features[looking] @ everyone[kind].T  # (b, B)
+        logits = features["log_scale"].exp() * cosines(features[looking], everyone[kind])  # (b, B)
         weights = logits.float().softmax(dim=1) if hard else torch.ones_like(logits)
         if 0 < hard < 1:
             easy = draws(f"{kind} easy", 1).to(logits.device) >= hard  # (b, 1)
@@ -214,9 +221,8 @@ def draw_partners(
     return partners, len(row_ids) + sum(int((rows >= 0).sum()) for rows in partners.values())
 
 
-def check_aligned(config: Aligned) -> None:
-    """Raise ConfigError unless pools, negatives and temperature of a stage with a contrast make sense."""
-    check_pools(config.image_pool, config.text_pool)
+def check_contrasted(config: Contrasted) -> None:
+    """Raise ConfigError unless negatives and temperature make sense."""
     check_choice("negatives", config.negatives, ("hard", "random"))
     if not 0 < config.hard_share <= 1:
         raise ConfigError(f"hard_share {config.hard_share} must lie above 0, and at 1 at most; negatives=random for 0")

@@ -78,8 +78,11 @@ class Pairs:
 
 
 def kind_of(name: str) -> str:
-    """The kind of partner that a state or input belongs to: ``text`` where its name begins so, else ``image``."""
-    return "text" if name.startswith("text") else "image"
+    """The kind of partner that a state or input belongs to: ``text`` or ``own`` where it begins so, else ``image``.
+
+    What is ``own`` goes to its own row alone: it has no partners.
+    """
+    return next((kind for kind in ("text", "own") if name.startswith(kind)), "image")
 
 
 def can(network: Any, verb: str) -> bool:

@@ -31,7 +31,7 @@ class TransformerConfig:
     """Sizes and settings of a text transformer."""
 
     vocab_size: int = 30522
-    """Rows of the token embedding."""
+    """Rows of the token embedding; 0 for a transformer without words, such as a Q-Former of queries alone."""
     context_length: int = 512
     """Longest text, in tokens, that has a position embedding."""
     width: int = 384
@@ -181,9 +181,10 @@ class Layer(nn.Module):
             seen, rest = (x[:, :queries], x[:, queries:]) if queries else (x, x[:, :0])
             seen = self._add(seen, self.cross_norm, lambda y: self._look_at_image(y, image, image_mask))
             x = torch.cat([seen, rest], dim=1) if queries else seen
-        if queries and "query" in self.mlp:
-            return torch.cat([self._feed(x[:, :queries], "query"), self._feed(x[:, queries:], "text")], dim=1)
-        return self._feed(x, "text")
+        if not queries or "query" not in self.mlp:
+            return self._feed(x, "text")
+        fed = self._feed(x[:, :queries], "query")
+        return torch.cat([fed, self._feed(x[:, queries:], "text")], dim=1) if x.shape[1] > queries else fed
 
     def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre:
@@ -222,8 +223,9 @@ class Transformer(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.context_length, config.width)
+        if config.vocab_size:
+            self.tokens = nn.Embedding(config.vocab_size, config.width)
+            self.positions = nn.Embedding(config.context_length, config.width)
         self.types = nn.Embedding(config.token_types, config.width) if config.token_types else None
         self.embed_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.norm == "post" else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
@@ -332,7 +334,7 @@ def _check(config: TransformerConfig) -> None:
         raise ConfigError("cross_merged must be among cross_twin, and these among cross_layers")
     if not config.self_routes:
         raise ConfigError("self_routes is empty; name at least one self-attention, such as text")
-    if "text" not in config.mlp_routes:
+    if "text" not in config.mlp_routes and (config.vocab_size or config.mlp_routes != ("query",)):
         raise ConfigError(f"mlp_routes {config.mlp_routes} lacks text, the feed-forward that tokens take")
 
 

@@ -32,17 +32,33 @@ def positives(row_ids: Tensor, ids: Tensor) -> Tensor:
     return (row_ids[:, None, :] == ids[None, :, :]).any(dim=-1)  # (b, B)
 
 
-def soft_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
+def cosines(rows: Tensor, columns: Tensor) -> Tensor:
+    """(b, B) cosines of unit-norm features (b, D) and (B, D).
+
+    On one side each may have Q features of its own, (b, Q, D) or (B, Q, D): then the greatest of the Q counts, as for
+    the queries that an image becomes (BLIP-2, arXiv 2301.12597 §3.2).
+    """
+    if rows.dim() == 3:
+        return (rows @ columns.T).max(dim=1).values
+    if columns.dim() == 3:
+        return cosines(columns, rows).T
+    return rows @ columns.T
+
+
+def soft_cross_entropy(logits: Tensor, positive: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy against a uniform target over each row's positives.
 
     Args:
         logits: (b, B).
         positive: (b, B) boolean with at least one true in each row.
+        smoothing: share of the target that is spread evenly over all columns.
 
     Returns:
-        (b,) losses: log-sum-exp of the row minus the mean of its positives' logits.
+        (b,) losses: log-sum-exp of the row minus the mean of its positives' logits, unless smoothed.
     """
     share = positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (b, B), rows sum to 1
+    if smoothing:
+        share = (1 - smoothing) * share + smoothing / logits.shape[1]
     return torch.logsumexp(logits, dim=1) - (share * logits).sum(dim=1)
 
 
@@ -56,16 +72,18 @@ def itc(
     row_ids: Tensor,
     ids: Tensor,
     chunk: int = 0,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Symmetric softmax contrast (CLIP, arXiv 2103.00020, figure 3; targets as in SupCon where ids agree).
 
     Args:
-        image, text: (b, D) unit-norm features of the rows.
+        image, text: (b, D) unit-norm features of the rows; images may have Q each, see `cosines`.
         images, texts: (B, D) unit-norm features of everyone, the rows among them.
         scale: scalar, the inverse temperature (already exponentiated).
         row_ids, ids: (b, K) and (B, K) ids; see `positives`.
         chunk: rows compared at a time; 0 compares all at once. With a chunk the logits are recomputed in
             the backward pass, so that chunk x B of them are alive instead of b x B.
+        smoothing: share of each target that is spread over everyone.
 
     Returns:
         Scalar: mean over the rows of half image-to-text plus half text-to-image.
@@ -73,8 +91,8 @@ def itc(
 
     def total(image_part: Tensor, text_part: Tensor, ids_part: Tensor) -> Tensor:
         same = positives(ids_part, ids)  # (c, B)
-        to_text = soft_cross_entropy(scale * image_part @ texts.T, same)
-        to_image = soft_cross_entropy(scale * text_part @ images.T, same)
+        to_text = soft_cross_entropy(scale * cosines(image_part, texts), same, smoothing)
+        to_image = soft_cross_entropy(scale * cosines(text_part, images), same, smoothing)
         return 0.5 * (to_text + to_image).sum()
 
     return _over_rows(total, image, text, row_ids, chunk=chunk)

@@ -18,18 +18,18 @@ def with_prompt(input_ids: Tensor, mask: Tensor, prompt_ids: Sequence[int]) -> t
     return ids, F.pad(mask.bool(), (len(prompt_ids), 0), value=True)
 
 
-def next_tokens(input_ids: Tensor, mask: Tensor, *, given: int = 1) -> Tensor:
+def next_tokens(input_ids: Tensor, mask: Tensor, *, given: int | Tensor = 1) -> Tensor:
     """What is to be said after each token: (B, L - 1) ids, `IGNORED` where nothing is.
 
     Args:
         input_ids: (B, L), start and end token included.
         mask: (B, L) true for real tokens; padding is never to be said.
         given: tokens at the beginning that are no answer: the start token, and a prompt's (BLIP's official code
-            doesn't learn its captioning prompt).
+            doesn't learn its captioning prompt); a number, or one for each row (B,).
     """
-    labels = input_ids.masked_fill(~mask.bool(), IGNORED)
-    labels[:, :given] = IGNORED
-    return labels[:, 1:]
+    place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    read = place < (given[:, None] if isinstance(given, Tensor) else given)  # (B or none, L)
+    return input_ids.masked_fill(~mask.bool() | read, IGNORED)[:, 1:]
 
 
 def lm(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> Tensor:

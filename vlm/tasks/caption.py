@@ -162,10 +162,12 @@ class Summary:
 
 def _check_decoder(model: VisionLanguageModel) -> None:
     network: Any = model.network
+    if hasattr(network, "begin"):  # a language model speaks for it
+        return
     if not hasattr(network, "decode"):
         model._verb("generate")
-    if "lm" not in network.config.heads:
-        raise no_head(model.name, "lm", network.config.heads)
+    if not model.can("decode"):
+        raise no_head(model.name, network.verb_heads["decode"], network.config.heads)
 
 
 def _load(name: str | Path) -> VisionLanguageModel:

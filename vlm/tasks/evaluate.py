@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlm.data.sources import Label
 from vlm.errors import ConfigError, DataError
+from vlm.objectives.itc import cosines
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, grouped_share
 from vlm.tasks.zero_shot import ZeroShotClassifier, check_labels
@@ -164,7 +165,7 @@ def label_numbers(labels: Labels) -> tuple[list[str], dict[str, int]]:
 def _best(image: Tensor, text: Tensor, depth: int) -> np.ndarray:
     """(N, depth) numbers of the nearest labels, best first."""
     depth = min(depth, len(text))
-    return np.concatenate([(rows @ text.T).topk(depth, dim=1).indices.numpy() for rows in image.split(1024)])
+    return np.concatenate([cosines(rows, text).topk(depth, dim=1).indices.numpy() for rows in image.split(1024)])
 
 
 def _truth(source: Any, keys: Sequence[str], numbers: dict[str, int], keep: set[str] | None) -> np.ndarray:

@@ -19,7 +19,7 @@ class SourceFeatures:
     """Rows in the order of the source; unreadable pictures are missing."""
 
     image: Tensor
-    """(N, D) on the CPU, unit norm."""
+    """(N, D) on the CPU, unit norm; (N, Q, D) of BLIP-2's queries."""
     text: Tensor
     """(N, D) of the main captions; empty when texts were not asked for."""
     ids: np.ndarray

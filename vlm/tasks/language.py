@@ -11,6 +11,7 @@ from vlm.data.loader import evaluation_batches
 from vlm.errors import DataError
 from vlm.objectives.lm import lm, next_tokens, with_prompt
 from vlm.objectives.mlm import IGNORED
+from vlm.train.run import make_prompts
 from vlm.weights.loaded import VisionLanguageModel
 
 
@@ -35,16 +36,18 @@ def evaluate_language(model: VisionLanguageModel, source: Any, *, batch_size: in
 
     Raises MissingVerbError for a model without `lm_logits`, DataError when no picture can be read.
     """
-    prompt: tuple[int, ...] = getattr(getattr(model.network, "config", None), "prompt_ids", ())
+    settings = getattr(model.network, "config", None)
+    prompt: tuple[int, ...] = getattr(settings, "prompt_ids", ())
     total, right, tokens = 0.0, 0, 0
     for batch in evaluation_batches(
-        source, tokenizer=model.tokenizer, transform=model.transform, batch_size=batch_size
-    ):
+        source, tokenizer=model.tokenizer, transform=model.transform, batch_size=batch_size,
+        prompts=make_prompts(settings),
+    ):  # fmt: skip
         here = batch.to(model.device)
         ids, mask = with_prompt(here.tokens.input_ids, here.tokens.attention_mask, prompt)
-        labels = next_tokens(ids, mask, given=1 + len(prompt))  # (b, L - 1)
-        said = labels != IGNORED
-        logits = model.lm_logits(here.pixels.to(model.dtype), {"input_ids": ids, "attention_mask": mask})
+        labels = next_tokens(ids, mask, given=1 + len(prompt) if here.given is None else here.given)  # (b, L - 1)
+        said, given = labels != IGNORED, {} if here.given is None else {"given": here.given}
+        logits = model.lm_logits(here.pixels.to(model.dtype), {"input_ids": ids, "attention_mask": mask}, **given)
         chosen, truth = logits[:, :-1][said], labels[said]  # (M, V), (M,)
         total += float(lm(chosen, truth, smoothing=0.0).double().sum())
         right += int((chosen.argmax(dim=-1) == truth).sum())

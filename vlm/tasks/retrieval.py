@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vlm.errors import ConfigError, DataError
+from vlm.objectives.itc import cosines
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, chance_at, ranks_of_best
 from vlm.tasks.rerank import (
@@ -197,7 +198,7 @@ def _cosines(features: SourceFeatures, gallery: _Gallery, way: str) -> np.ndarra
     """(queries, rows) cosines; all 0 for a model without features."""
     images, texts = features.image[gallery.rows], features.text[gallery.rows]
     ask, among = (texts, images) if way == "text_to_image" else (images, texts)
-    return (ask[: gallery.queries] @ among.T).numpy()
+    return cosines(ask[: gallery.queries], among).numpy()
 
 
 def _again(

@@ -1,7 +1,7 @@
 """Checkpoints that appear whole or not at all, and from which any number of ranks goes on.
 
-``checkpoints/step-00000500/`` holds ``state/`` (weights, optimiser and average, by torch's distributed
-checkpoint), ``model/`` (what `vlm.load` reads) and ``trainer.json`` (where the run stood).
+``checkpoints/step-00000500/`` holds ``state/`` (trained weights, optimiser and average, by torch's distributed
+checkpoint), ``model/`` (what `vlm.load` reads, frozen weights included) and ``trainer.json`` (where the run stood).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from vlm.errors import TrainingError
+from vlm.errors import TrainingError, WeightsError
 from vlm.files import write_folder
 from vlm.train.distributed import Ranks, gather_objects, unwrapped, wait
 from vlm.train.ema import WeightAverage
 from vlm.train.teacher import Teaching
+from vlm.weights.files import WEIGHTS, read_tensors
 
 PREFIX = "step-"
 # What torch's planner wraps a full disk or a damaged file in; it isn't an Exception.
@@ -137,10 +138,12 @@ class Checkpoints:
                 "configuration it was written with; only if its files are damaged, delete this folder to go on from "
                 "the one before."
             ) from error
+        # Those of frozen weights aren't in the state.
         set_state_dict(
-            trained.network, trained.optimizer,
-            model_state_dict=state["network"], optim_state_dict=state["optimizer"],
+            trained.network, trained.optimizer, model_state_dict=state["network"], optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),
         )  # fmt: skip
+        _load_frozen(trained.network, folder / "model" / WEIGHTS)
         if trained.average is not None:
             trained.average.steps = position.average_steps
         if trained.teaching is not None:
@@ -230,8 +233,31 @@ def full_state(network: nn.Module, average: WeightAverage | None) -> dict[str, T
         return {name: tensor.clone() for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
+def _frozen(network: nn.Module) -> set[str]:
+    """Names of the parameters that never change; what is stored nowhere, such as a language model's, among them."""
+    return {name for name, parameter in unwrapped(network).named_parameters() if not parameter.requires_grad}
+
+
+def _load_frozen(network: nn.Module, file: Path) -> None:
+    """Give the frozen parameters the values of a model's file. Raises TrainingError where it lacks one."""
+    wanted = _frozen(network) & set(get_model_state_dict(network))
+    if not wanted:
+        return
+    try:
+        held = read_tensors(file)
+    except WeightsError as error:
+        raise TrainingError(f"{file}: the frozen weights of the run can't be read ({error})") from error
+    lacking = sorted(wanted - set(held))
+    if lacking:
+        raise TrainingError(f"{file}: {len(lacking)} frozen tensors are missing, {lacking[0]} first")
+    chosen = {name: held[name] for name in wanted}
+    set_model_state_dict(network, chosen, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
 def _state(trained: Trained) -> dict[str, Any]:
     tensors, moments = get_state_dict(trained.network, trained.optimizer)
+    frozen = _frozen(trained.network)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in frozen}
     state: dict[str, Any] = {"network": tensors, "optimizer": moments}
     if trained.average is not None:
         state["average"] = trained.average.average

@@ -131,13 +131,18 @@ def _itm_at_chance(run: Run) -> Finding | None:
 
 
 def _lm_at_chance(run: Run) -> Finding | None:
-    """A decoder that has learnt how often words come is far below the even chance of the whole vocabulary."""
-    loss, words = run.end("lm"), int(run.setting("vocab_size", 0))
-    if loss is None or words < 2 or loss < (1 - 5 * NEAR) * math.log(words):
-        return None
-    evidence = f"lm {loss:.3f} in the last quarter, ln({words}) = {math.log(words):.3f}: every word is as likely"
-    advice = "the decoder learns nothing: raise train.optim.lr, look at freeze and lr_scale, and read some captions"
-    return Finding(run.level, "lm at chance", evidence, advice)
+    """What says words (BLIP's LM, BLIP-2's ITG) and has learnt how often they come is far below their even chance."""
+    words = int(run.setting("vocab_size", 0))
+    for name in ("lm", "itg"):
+        loss = run.end(name)
+        if loss is None or words < 2 or loss < (1 - 5 * NEAR) * math.log(words):
+            continue
+        evidence = (
+            f"{name} {loss:.3f} in the last quarter, ln({words}) = {math.log(words):.3f}: every word is as likely"
+        )
+        advice = "the decoder learns nothing: raise train.optim.lr, look at freeze and lr_scale, and read some captions"
+        return Finding(run.level, f"{name} at chance", evidence, advice)
+    return None
 
 
 def _itc_at_chance(run: Run) -> Finding | None:

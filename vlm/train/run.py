@@ -13,25 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from vlm.data.batch import KINDS, Batch
+from vlm.data.features import FeatureStore
 from vlm.data.loader import LoaderConfig, make_loader, steps_per_epoch
+from vlm.data.prompts import Prompts
 from vlm.data.sources import open_source
 from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, Resize
 from vlm.errors import ConfigError
+from vlm.models.blip2_llm import Blip2LlmConfig
 from vlm.train.checkpoint import Position, last_step
 from vlm.train.config import TrainConfig, load_config, to_yaml
 from vlm.train.distributed import Ranks, wait
 from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
 from vlm.train.environment import describe, go_on, start_run
+from vlm.train.features import features_of_run
 from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
+from vlm.weights.llm import load_llm_tokenizer
 from vlm.weights.official import Training
 from vlm.weights.start import start_from
 
 logger = logging.getLogger("vlm.train")
 
 M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a model folder is written from."""
+
+    config: Any
+    tensors: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,8 @@ class RunConfig(Generic[M]):
     images: ImagesConfig = field(default_factory=ImagesConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    features: str = ""
+    """Folder of `vlm data features`: what the frozen image encoder made of `data`, trained on instead of pictures."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -94,6 +112,8 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
 
     Raises ConfigError when they don't fit.
     """
+    if isinstance(config.model, Blip2LlmConfig):
+        return load_llm_tokenizer(config.model.llm.name)
     text = getattr(config.model, "text", config.model)
     room = text.context_length - len(getattr(config.model, "prompt_ids", ()))  # a prompt comes before each text
     make = {"wordpiece": wordpiece, "clip_bpe": clip_bpe}[config.tokenizer]
@@ -114,6 +134,13 @@ def make_tokenizer(config: RunConfig[Any]) -> Tokenizer:
             f"{tokenizer.vocab_size} on, and model.text.vocab_size to hold them"
         )
     return tokenizer
+
+
+def make_prompts(model: Any) -> Prompts | None:
+    """What texts begin with, for a stage whose configuration says so."""
+    if not isinstance(model, Blip2LlmConfig):
+        return None
+    return Prompts(model.prompt, model.question, model.split)
 
 
 def make_transform(config: RunConfig[Any]) -> ImageTransform:
@@ -145,26 +172,23 @@ def train_stage(
     before = last_step(run) if resume else None
     torch.manual_seed(config.train.seed)
     network = _untrained(config, stage)
+    config = dataclasses.replace(config, model=network.config)
     taught = _begin(network, config) if before is None else None
-    for part in network.children():
-        if hasattr(part, "checkpointing"):
-            part.checkpointing = config.checkpointing  # type: ignore[assignment]
+    _settle(network, config)
     loader = dataclasses.replace(config.loader, seed=config.train.seed)
-    hides = _hides(network, tokenizer, config)
+    hides, prompts = _hides(network, tokenizer, config), make_prompts(config.model)
+    features: FeatureStore | None = None
 
     def batches(epoch: int, skip: int) -> Iterable[Batch]:
         made = make_loader(
             source, loader, tokenizer=tokenizer, transform=transform, epoch=epoch, skip_samples=skip,
-            rank=here.rank, ranks=here.count,
+            rank=here.rank, ranks=here.count, prompts=prompts, features=features,
         )  # fmt: skip
         hide = dataclasses.asdict(config.masking)
         return masked(made, tokenizer, **hide, seed=config.train.seed, epoch=epoch) if hides else made
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
-        with torch.device("meta"):
-            copy: Any = FAMILIES[stage].network(config.model)
-        copy.load_state_dict(state, assign=True)
-        save_model(copy, tokenizer, transform, folder, name=config.name, family=stage)
+        save_model(_Stored(config.model, state), tokenizer, transform, folder, name=config.name, family=stage)
 
     steps = steps_per_epoch(len(source), loader)
     width = getattr(config.model, "embed_dim", 0)
@@ -175,6 +199,7 @@ def train_stage(
     del taught  # a second copy of the network
     if resume:  # before anything of the run is changed: other data or another network is refused here
         trainer.resume()
+    features = features_of_run(config.features, network, transform, source, loader.augment)
     if here.first and resume:
         go_on(run, to_yaml(config), finished=before == trainer.steps)
     elif here.first:
@@ -186,9 +211,20 @@ def train_stage(
     return position
 
 
+def begun_network(config: RunConfig[Any]) -> nn.Module:
+    """The stage's network with the weights that a run begins with. Raises as `train_stage`."""
+    torch.manual_seed(config.train.seed)
+    network = _untrained(config, family_name(config.model))
+    _begin(network, config)
+    return network
+
+
 def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
     """The stage's network. Raises ConfigError when it would learn nothing, or have a teacher for nothing."""
     network = FAMILIES[stage].network(config.model)
+    complete = FAMILIES[stage].complete
+    if complete is not None:
+        complete(network)
     weights: dict[str, float] = network.loss_weights  # type: ignore[assignment]
     if not any(weights.values()):
         found = ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "none"
@@ -198,6 +234,15 @@ def _untrained(config: RunConfig[Any], stage: str) -> nn.Module:
             f"train.teacher.decay={config.train.teacher.decay:g}: {stage} has no loss with a teacher; set it to 0"
         )
     return network
+
+
+def _settle(network: Any, config: RunConfig[Any]) -> None:
+    """What a network gets once it has its starting weights: LoRA beside them, and layers that are recomputed."""
+    if hasattr(network, "adapt"):
+        network.adapt()
+    for part in network.children():
+        if hasattr(part, "checkpointing"):
+            part.checkpointing = config.checkpointing
 
 
 def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> bool:
@@ -215,7 +260,8 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     student's copy.
     """
     frozen = tuple(config.train.optim.freeze)
-    chosen = {n: p for n, p in network.named_parameters() if frozen and n.startswith(frozen) and p.dim() > 1}
+    named = ((n, p) for n, p in network.named_parameters() if p.dim() > 1 and not n.startswith("llm."))
+    chosen = {n: p for n, p in named if not p.requires_grad or n.startswith(frozen)}
     random = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     taught: Training | None = None
     for start in config.start:
@@ -223,7 +269,7 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
     if left:
         logger.warning(
-            "train.optim.freeze keeps %d matrices that no start gave weights, %s first: they stay random",
+            "%d matrices are frozen that no start gave weights, %s first: they stay random",
             len(left),
             left[0],
         )

@@ -12,9 +12,13 @@ from vlm.errors import WeightsError, nearest
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.albef_heads import ClassifierConfig, classifier
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.blip2 import Blip2, Blip2Config
+from vlm.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from vlm.models.clip import Clip, ClipConfig
+from vlm.models.qformer import QFormer, QFormerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vqa import Vqa, VqaConfig
+from vlm.weights.llm import complete
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Family:
     """Its configuration, a dataclass."""
     network: Callable[[Any], nn.Module]
     """That to a network with random weights."""
+    complete: Callable[..., None] | None = None
+    """Gives a network what it needs and its folder doesn't hold, such as a frozen language model; `llm=` is where that
+    is to be found if not by its name."""
 
 
 FAMILIES = {
@@ -32,8 +39,11 @@ FAMILIES = {
     "vilt": Family(ViltConfig, Vilt),
     "albef": Family(AlbefConfig, Albef),
     "blip": Family(BlipConfig, Blip),
+    "blip2": Family(Blip2Config, Blip2),
+    "blip2-llm": Family(Blip2LlmConfig, Blip2Llm, complete),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "vqa": Family(VqaConfig, Vqa),
+    "qformer": Family(QFormerConfig, QFormer),
 }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,8 +24,13 @@ from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
+DAMAGED = (
+    SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
+"""What reading a file that is no checkpoint raises: torch takes any bytes for a pickle, and stumbles anyhow."""
 BASE = "base"
-"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out."""
+"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out, and `parts` where the
+model has some of its parts alone."""
 MORE_ROWS = "@rows"
 """Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
 
@@ -49,11 +55,16 @@ class Base(NamedTuple):
     sha256: str
     """Of its weights file: a base that was trained anew must not slip into what was trained on the old one."""
 
+    def only(self, parts: Collection[str]) -> Base:
+        """Some parts of it, such as its image encoder, by what their tensors' names begin with."""
+        return self._replace(tensors={n: value for n, value in self.tensors.items() if n.split(".")[0] in parts})
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+
+def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
     """All tensors of a checkpoint file: safetensors, or torch's format with weights only.
 
-    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. Raises WeightsError when the file is
+    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. without: tensors whose names begin so are
+    left out, and of safetensors not even read. Raises WeightsError when the file is
     missing, damaged, no checkpoint, or would have to run code to be read.
     """
     if not path.is_file():
@@ -65,7 +76,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: this is {kind}, not weights; download the file itself")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_file(path) if not without else _load_without(path, without)
         # Mapped, so that what isn't asked for (a teacher, a queue, an optimiser) isn't read; older files can't be.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -73,13 +84,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
             "save its state dict as safetensors, or get a version that is"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except DAMAGED as error:
         if "TorchScript" in str(error):
             raise WeightsError(
                 f"{path}: a TorchScript program, which isn't run here; its weights come with "
                 "open_clip:ARCH/openai (such as open_clip:ViT-B-32/openai), or save its state dict as safetensors"
             ) from error
-        raise WeightsError(f"{path}: damaged or not a checkpoint ({str(error)[:200]}); fetch it again") from error
+        raise WeightsError(f"{path}: damaged or not a checkpoint ({error!r:.200}); fetch it again") from error
     for name in ("state_dict", "model", "module"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -88,20 +99,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     named = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
-    return named
+    return {name: value for name, value in named.items() if not (without and name.startswith(without))}
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as ``transformers`` writes it, in one file or in shards.
+def _load_without(path: Path, start: str) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names if not name.startswith(start)}
+
+
+def read_weights(folder: Path, *, without: str = "") -> dict[str, Tensor]:
+    """All tensors of a folder as ``transformers`` writes it, in one file or in shards; without: see `read_tensors`.
 
     Raises WeightsError when there are none or a file can't be read.
     """
     if (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+        read = (read_tensors(folder / name, without=without) for name in names)
+        return {key: value for part in read for key, value in part.items()}
     for name in (WEIGHTS, TORCH_WEIGHTS):
         if (folder / name).is_file():
-            return read_tensors(folder / name)
+            return read_tensors(folder / name, without=without)
     raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or {TORCH_WEIGHTS}")
 
 
@@ -176,7 +194,7 @@ def save_model(
 
     dtype: of the stored tensors with fractions; None keeps them. card: text of README.md. base: a shipped model
     whose tensors aren't stored a second time. The folder appears whole or stays as it was. Raises WeightsError
-    when it can't be written, or lacks a tensor of its base.
+    when it can't be written, or shares no part with its base.
     """
     config = {
         "family": family,
@@ -190,8 +208,10 @@ def save_model(
         for key, value in network.state_dict().items()
     }
     if base is not None:
-        tensors = without_shared(tensors, base)
-        config[BASE] = {"name": base.name, "sha256": base.sha256}
+        parts = shared_parts(tensors, base)
+        tensors = without_shared(tensors, base.only(parts))
+        whole = parts == {name.split(".")[0] for name in base.tensors}
+        config[BASE] = {"name": base.name, "sha256": base.sha256} | ({} if whole else {"parts": sorted(parts)})
 
     def fill(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -202,6 +222,17 @@ def save_model(
         write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
+
+
+def shared_parts(tensors: Mapping[str, Tensor], base: Base) -> set[str]:
+    """Parts that a model has in common with a base, by what their tensors' names begin with.
+
+    Raises WeightsError when there are none.
+    """
+    found = {name.split(".")[0] for name in base.tensors} & {name.split(".")[0] for name in tensors}
+    if not found:
+        raise WeightsError(f"base {base.name}: this model has no part of it, such as {next(iter(base.tensors))}")
+    return found
 
 
 def without_shared(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:

@@ -110,6 +110,7 @@ def export_hf_vilt(model: VisionLanguageModel, folder: Path) -> Path:
     def unfit(network: Vilt) -> dict[str, bool]:
         return {
             "it has a norm before the first layer": network.config.image.pre_norm,
+            "its last norm has an eps of its own": network.config.image.own_final_eps,
             "it has a vqa and an nlvr2 head, which have one name there": {"vqa", "nlvr2"} <= set(network.config.heads),
             f"its pictures are preprocessed by {model.transform.resize!r}, not fit or squash": (
                 model.transform.resize not in ("fit", "squash")

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vlm.data.loader import evaluation_batches, shuffled_texts
+from vlm.data.loader import evaluation_batches
+from vlm.data.plan import shuffled_texts
 from vlm.data.samples import Sample, caption_id
 from vlm.data.sources import Source
 from vlm.tasks.capfilt.judge import Judge

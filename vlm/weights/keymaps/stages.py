@@ -10,8 +10,11 @@ from vlm.errors import WeightsError
 from vlm.models.transformer import TransformerConfig
 
 _LAYER = re.compile(r"(text|decoder)\.layers\.(\d+)\.(.*)")
-FRESH = r"(text|decoder)\.layers\.\d+\.cross_(attn|norm|merge)\..*"
-"""Tensors that an earlier stage needn't have: what a text looks at images with."""
+FRESH = (
+    r"(text|decoder)\.layers\.\d+\.cross_(attn|norm|merge)\..*"
+    r"|qformer\.(query_tokens|lm_head\..*|text\.types\..*|text\.layers\.\d+\.cross_(attn|norm)\..*)"
+)
+"""Tensors that an earlier stage needn't have: what a text looks at images with, a Q-Former's queries and its head."""
 
 
 def text_layers(theirs: int, text: TransformerConfig) -> dict[int, int]:
@@ -122,3 +125,20 @@ def med_sources(name: str) -> list[str]:
     if ".cross_other." in name:  # two images are looked at as one was
         return [name, name.replace(".cross_other.", ".cross_attn.")]
     return [name]
+
+
+def qformer_sources(name: str) -> list[str]:
+    """Names that another BLIP-2, or else a stage with a text encoder, may have for a tensor of ours; best first.
+
+    Queries and words begin with one feed-forward, the text's, as in the official code; what queries look at images
+    with begins afresh, also where that stage's words look at them.
+    """
+    part, _, rest = name.partition(".")
+    if part == "image":
+        return [name]
+    if part != "qformer":
+        return []
+    rest = re.sub(r"\.(mlp|mlp_norm)\.query\.", r".\1.text.", rest)
+    if rest.startswith("lm_head."):
+        return [rest, rest.replace("lm_head.", "mlm_head.")]
+    return [] if ".cross_" in rest else [rest]

