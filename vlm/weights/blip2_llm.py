@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm.data.llm_tokenizer import SPECIAL, VOCABULARY, special_ids
@@ -16,7 +15,7 @@ from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
 from vlm.models.blip2_llm import Blip2Llm, Blip2LlmConfig, LlmConfig
 from vlm.weights.blip2 import infer_image, infer_qformer, unfit_towers
-from vlm.weights.files import assign
+from vlm.weights.files import build
 from vlm.weights.keymaps.blip2 import BERT, LEFT_OUT, PROJECTIONS, lavis_rules
 from vlm.weights.layout import Layout, has
 from vlm.weights.llm import complete, load_llm_tokenizer
@@ -66,10 +65,7 @@ def load_lavis_speaker(
         WeightsError: the language model can't be read, or has another width.
     """
     config = replace(config, llm=replace(config.llm, name=llm))
-    with torch.device("meta"):
-        network = Blip2Llm(config)
-    network.to_empty(device="cpu")
-    assign(network, own, where=name)
+    network = build(lambda: Blip2Llm(config), own, where=name)
     complete(network)
     tokenizer = load_llm_tokenizer(llm)
     if _projection(tensors) == OPT:

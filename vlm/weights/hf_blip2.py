@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import WeightsError
 from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.qformer import QFormerConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
 from vlm.weights.blip2 import without_types
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
     PREPROCESSOR,
     activation,
@@ -85,8 +85,7 @@ def load_hf_matcher(folder: Path, settings: Mapping[str, Any], name: str = "") -
     """
     where = name or str(folder)
     config, ours = read_matcher(folder, settings, where)
-    network: Any = empty(Blip2, config, where)
-    assign(network, ours, where=where)
+    network = build(lambda: Blip2(config), ours, where=where)
     text = config.text
     tokenizer = read_tokenizer(folder, max_length=text.context_length, vocab_size=text.vocab_size)
     transform = squashed(folder, config.image.image_size)
@@ -213,16 +212,6 @@ def unfit_qformer(config: QFormerConfig) -> dict[str, bool]:
             text.cross_layers != tuple(range(0, text.layers, _frequency(text)))
         )
     }
-
-
-def empty(kind: Any, config: Any, where: str) -> Any:
-    """A network whose tensors hold nothing yet. Raises WeightsError, naming `where`, for settings without sense."""
-    try:
-        with torch.device("meta"):
-            network = kind(config)
-    except ConfigError as error:
-        raise WeightsError(f"{where}: {error}") from error
-    return network.to_empty(device="cpu")
 
 
 def _frequency(text: TransformerConfig) -> int:

@@ -16,12 +16,11 @@ from vlm.errors import WeightsError
 from vlm.models.blip2_llm import Blip2Llm, Blip2LlmConfig, LlmConfig
 from vlm.models.llm import LanguageModel
 from vlm.models.lora import merge_lora
-from vlm.weights.files import assign, read_weights, write_model
+from vlm.weights.files import build, read_weights, write_model
 from vlm.weights.hf_blip2 import (
     ADVICE,
     INSTRUCTED,
     SPEAKER,
-    empty,
     hf_config,
     qformer_config,
     read_config,
@@ -55,8 +54,7 @@ def load_hf_speaker(folder: Path, settings: Mapping[str, Any], name: str = "", *
     where = name or str(folder)
     config, ours = read_speaker(folder, settings, where)
     config = replace(config, llm=replace(config.llm, name=llm or str(folder.resolve())))
-    network: Any = empty(Blip2Llm, config, where)
-    assign(network, ours, where=where)
+    network = build(lambda: Blip2Llm(config), ours, where=where)
     complete(network, llm=str(folder))
     transform = squashed(folder, config.image.image_size)
     tokenizer = load_llm_tokenizer(str(folder))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
-from vlm.errors import WeightsError
+from vlm.errors import ConfigError, WeightsError
 from vlm.models.qformer import QFormer, QFormerConfig
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
-from vlm.weights.hf_blip2 import QFORMER, empty, qformer_config, qformer_settings, read_config, unfit_qformer
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
+from vlm.weights.hf_blip2 import QFORMER, qformer_config, qformer_settings, read_config, unfit_qformer
 from vlm.weights.keymaps.blip2 import HF_ALONE, LEFT_OUT, layer_rules
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.rules import to_ours, to_theirs
@@ -33,9 +33,13 @@ def load_hf_qformer(folder: Path, settings: Mapping[str, Any], name: str = "") -
     """
     where = name or str(folder)
     config, ours = read_qformer(folder, settings, where)
-    network: Any = empty(QFormer, config, where)
-    rest = {name: torch.zeros_like(value) for name, value in network.state_dict().items() if name in NOT_THEIRS}
-    assign(network, ours | rest, where=where)
+    try:
+        with torch.device("meta"):
+            own = QFormer(config).state_dict()
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    rest = {name: torch.zeros(own[name].shape) for name in NOT_THEIRS if name in own}
+    network = build(lambda: QFormer(config), ours | rest, where=where)
     return VisionLanguageModel(network, wordpiece(), ImageTransform(224), name=name or folder.name, family="qformer")
 
 
