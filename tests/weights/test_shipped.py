@@ -99,6 +99,27 @@ def test_what_is_left_out_comes_back():
         with_shared({"no@rows": torch.ones(2, 3)}, base, where="here")
 
 
+def test_words_under_another_name_are_left_out_too():
+    """A decoder's words may be those of the base's text tower; too small a thing isn't looked for."""
+    generator = torch.Generator().manual_seed(0)
+    words, image = (torch.randn(4, 3, generator=generator) for _ in range(2))
+    whole = Base("base", {"text.tokens.weight": words, "image.weight": image, "text.bias": torch.ones(4)}, "")
+    new = {
+        "image.weight": image.clone(), "decoder.tokens.weight": torch.cat([words, torch.ones(2, 3)]),
+        "decoder.same": words.clone(), "decoder.bias": torch.ones(4), "decoder.other": words + 1,
+    }  # fmt: skip
+    stored = without_shared(new, whole.only({"image"}), whole=whole)
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
+    assert shapes == {
+        "decoder.tokens.weight@rows of text.tokens.weight": (2, 3), "decoder.same@rows of text.tokens.weight": (0, 3),
+        "decoder.bias": (4,), "decoder.other": (4, 3),
+    }  # fmt: skip
+    found = with_shared(stored, whole.only({"image"}), where="here", whole=whole)
+    assert set(found) == set(new) and all(torch.equal(found[name], value) for name, value in new.items())
+    with pytest.raises(WeightsError, match="here: x@rows of gone continues a tensor that base doesn't hold"):
+        with_shared({"x@rows of gone": torch.ones(2, 3)}, whole, where="here", whole=whole)
+
+
 def test_shipped_albef_stands_on_the_shipped_clip():
     """Its base is the tiny-clip of this checkout; a tower that was trained on is its own."""
     clip, albef = (vlm.load(name, device="cpu").network.state_dict() for name in ("tiny-clip", "tiny-albef"))
