@@ -14,6 +14,8 @@ from tests.tasks.small import WORDS, ColourNetwork, colour_model
 from vlm.data.transforms import ImageTransform
 from vlm.models.albef import Albef, AlbefConfig
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.blip2 import Blip2, Blip2Config
+from vlm.models.qformer import QFormerConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
@@ -60,6 +62,14 @@ def med_model(seed: int = 0, **settings: Any) -> VisionLanguageModel:
     text = replace(TEXT, vocab_size=WORDS.vocab_size + 2, cross_layers=(0, 1, 2, 3))
     ids = {"dec_id": WORDS.vocab_size, "enc_id": WORDS.vocab_size + 1}
     return _model(Blip(BlipConfig(IMAGE, text, embed_dim=16, **ids, **settings)), "med", "blip", seed)
+
+
+def qformer_model(seed: int = 0, **settings: Any) -> VisionLanguageModel:
+    """A small BLIP-2 of its first stage, counted likewise; settings: of its configuration."""
+    torch.manual_seed(seed)
+    text = replace(TEXT, vocab_size=WORDS.vocab_size + 1, token_types=0, cross_layers=(0, 2))
+    qformer = QFormerConfig(text, queries=3, dec_id=WORDS.vocab_size)
+    return _model(Blip2(Blip2Config(IMAGE, qformer, embed_dim=16, **settings)), "queries", "blip2", seed)
 
 
 def pair_model(seed: int = 0, transform: ImageTransform = PLAIN) -> VisionLanguageModel:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tasks.fused import fused_model, judging_colours, med_model, pair_model, whole_fused_model
+from tests.tasks.fused import (
+    fused_model,
+    judging_colours,
+    med_model,
+    pair_model,
+    qformer_model,
+    whole_fused_model,
+)
 from tests.tasks.small import COLOURS, noise, plain, random_model
 from tests.tasks.test_retrieval import captioned, values
 from vlm.data.transforms import ImageTransform
@@ -39,7 +46,10 @@ def all_pairs(model: Any, source: Any) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("make", [fused_model, med_model, pair_model], ids=["states", "ids", "whole"])
+MAKERS = [fused_model, med_model, qformer_model, pair_model]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["states", "ids", "queries", "whole"])
 @pytest.mark.parametrize("at_once", [1, 5, 128])
 def test_scores_are_those_of_whole_pairs(make: Any, source: Any, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()

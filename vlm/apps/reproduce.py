@@ -61,9 +61,9 @@ def blip(
         Path("runs/reproduce-blip")
     ),
     seeds: Seeds = "0,1,2",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model that is compared.")] = 150,
-    tune_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of captioner and filter each.")] = 80,
-    start: Annotated[str, typer.Option(help="Model of the stage before, which all models begin as.")] = "tiny-clip",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model that is compared.")] = 100,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of captioner and filter each.")] = 60,
+    start: Annotated[str, typer.Option(help="Model of the stage before, which all models begin as.")] = "tiny-albef",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     table: Table = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,

@@ -113,16 +113,13 @@ class Clip(nn.Module):
             `itc`, and `scale`, the inverse temperature.
         """
         scale = features["log_scale"].exp()
-        rows, ids_of, chunk = (
-            (features["image"], features["text"]),
-            {"row_ids": row_ids, "ids": ids},
-            self.config.chunk,
-        )
+        rows, chunk = (features["image"], features["text"]), self.config.chunk
         if self.config.loss == "sigmoid":
             bias = features.get("logit_bias", torch.zeros_like(scale))
-            loss = sigmoid_itc(*rows, everyone["text"], scale=scale, bias=bias, chunk=chunk, **ids_of)
+            loss = sigmoid_itc(*rows, everyone["text"], scale=scale, bias=bias, row_ids=row_ids, ids=ids, chunk=chunk)
         else:
-            loss = itc(*rows, everyone["image"], everyone["text"], scale=scale, chunk=chunk, **ids_of)
+            columns = (everyone["image"], everyone["text"])
+            loss = itc(*rows, *columns, scale=scale, row_ids=row_ids, ids=ids, chunk=chunk)
         return {"itc": loss, "scale": scale.detach().squeeze(0)}
 
     def loss(self, batch: space.Rows) -> dict[str, Tensor]:

@@ -166,8 +166,8 @@ def _check_decoder(model: VisionLanguageModel) -> None:
         return
     if not hasattr(network, "decode"):
         model._verb("generate")
-    if "lm" not in network.config.heads:
-        raise no_head(model.name, "lm", network.config.heads)
+    if not model.can("decode"):
+        raise no_head(model.name, network.verb_heads["decode"], network.config.heads)
 
 
 def _load(name: str | Path) -> VisionLanguageModel:

@@ -105,9 +105,9 @@ def start_text(network: nn.Module, folder: Path) -> None:
         )
     theirs = bert_config(read_json(folder / CONFIG))
     ours: TransformerConfig = text.config
-    names = ("context_length", "width", "layers", "heads", "mlp_width", "activation", "norm_eps", "norm")
+    names = ["context_length", "width", "layers", "heads", "mlp_width", "activation", "norm_eps", "norm"]
     # A Q-Former has a word more, [DEC], and may do without token types.
-    names = names if qformer is not None else ("vocab_size", "token_types", *names)
+    names = names if qformer is not None else ["vocab_size", "token_types", *names]
     where = "model.text" if qformer is None else "model.qformer.text"
     wrong = [
         f"{where}.{name} is {getattr(ours, name)}, expected {getattr(theirs, name)}"

@@ -41,9 +41,10 @@ def serve(config: ServeConfig) -> None:
     templates = read_templates(config.templates)
     with listen(config.host, config.port) as place:
         model = load_model(config.model, config.device)
-        if not all(map(model.can, ("encode_image", "encode_text"))):
+        # BLIP-2 has a feature for each of its queries.
+        if not all(map(model.can, ("encode_image", "encode_text"))) or hasattr(model.network, "qformer"):
             raise ConfigError(
-                f"{config.model}: a {model.family} model, which has no features of a picture or a text alone; "
+                f"{config.model}: a {model.family} model, which has no one feature of a picture or of a text alone; "
                 "vlm serve needs them, so name a CLIP, an ALBEF or a BLIP"
             )
         pack_linears(model.network)

@@ -9,9 +9,7 @@ from typing import Any
 from vlm.errors import ConfigError
 from vlm.tasks.matching import evaluate_matching
 from vlm.tasks.reproduce.grid import Cell, run_grid
-from vlm.tasks.reproduce.short import PLAIN, TEACHER, open_run, retrieval_figures, short_run
-from vlm.train.config import load_config, named_config
-from vlm.train.run import RunConfig, run_kind
+from vlm.tasks.reproduce.short import PLAIN, TEACHER, frozen, open_run, retrieval_figures, short_run
 
 VARIANTS = {
     "ITM + MLM": ("model.itc_weight=0", "model.negatives=random", "train.teacher.decay=0"),
@@ -53,8 +51,7 @@ def reproduce_albef(
         )
     recipe = [
         *short_run(steps, precision), *PLAIN, *TEACHER,
-        # For the same reason the image tower stays tiny-clip's.
-        f"train.optim.freeze=[{', '.join(frozen())}]",
+        f"train.optim.freeze=[{', '.join(frozen('albef'))}]",
     ]  # fmt: skip
     return run_grid(
         "albef", cells_of(noise), seeds=seeds, recipe=recipe, out=out,
@@ -69,12 +66,6 @@ def cells_of(noise: Sequence[float]) -> list[Cell]:
         for share in dict.fromkeys(noise)
         for name, changes in VARIANTS.items()
     ]
-
-
-def frozen() -> tuple[str, ...]:
-    """Parts that no run of the ablation trains: the image tower, and those of the tiny recipe."""
-    config: RunConfig[Any] = load_config(run_kind("albef"), named_config("albef", "tiny"), [])
-    return ("image.", *config.train.optim.freeze)
 
 
 def measure(run: Path, device: str = "auto") -> dict[str, float]:

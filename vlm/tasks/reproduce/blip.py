@@ -18,7 +18,7 @@ from vlm.tasks.capfilt.training import train_once
 from vlm.tasks.caption import Captioner
 from vlm.tasks.caption_report import CIDER, evaluate_captions, source_references
 from vlm.tasks.reproduce.grid import Cell, folder_name, run_grid
-from vlm.tasks.reproduce.short import PLAIN, TEACHER, open_run, retrieval_figures, short_run
+from vlm.tasks.reproduce.short import PLAIN, TEACHER, frozen, open_run, retrieval_figures, short_run
 from vlm.train.config import load_config, named_config
 from vlm.train.distributed import ranks
 from vlm.train.run import run_kind
@@ -76,9 +76,9 @@ MEASURES = {
 class Sizes:
     """Lengths of the trainings, in optimiser steps."""
 
-    pretrain: int = 150
+    pretrain: int = 100
     """Of the MED that captioner and filter begin as, and of every model that is compared."""
-    tune: int = 80
+    tune: int = 60
     """Of captioner and filter each."""
 
 
@@ -87,7 +87,7 @@ def reproduce_blip(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     sizes: Sizes = Sizes(),
-    start: str = "tiny-clip",
+    start: str = "tiny-albef",
     precision: str = "auto",
     known: Sequence[dict[str, Any]] = (),
     after: Callable[[list[dict[str, Any]]], None] | None = None,
@@ -97,16 +97,18 @@ def reproduce_blip(
     the web set in each way, train a new model on each result, and measure it.
 
     The web set's texts are those of its uploaders, the human set's the names of emoji. All models begin as `start`
-    and see as many texts in as many steps. Measured on ``web-test``, whose cleaned texts no run sees: ITM over all
-    pairs of galleries of 50, features in the same, and captions of beam search against one reference each.
+    and see as many texts in as many steps; those that are compared keep its image tower. Measured on ``web-test``,
+    whose cleaned texts no run sees: ITM over all pairs of galleries of 50, features in the same, and captions of beam
+    search against one reference each.
 
     start: the stage before; anything that ``--start`` takes. known, after: see `run_grid`. Returns the results.
     Raises ConfigError when there is no seed or no step.
     """
     if not seeds or min(sizes.pretrain, sizes.tune) < 1:
         raise ConfigError(f"expected at least one seed and one step of each training, got {seeds!r} and {sizes}")
-    recipe = [*short_run(sizes.pretrain, precision), f"start={json.dumps([start])}", *PLAIN, *TEACHER]
-    tune = short_run(sizes.tune, precision)
+    still = f"train.optim.freeze=[{', '.join(frozen('blip'))}]"
+    recipe = [*short_run(sizes.pretrain, precision), f"start={json.dumps([start])}", *PLAIN, *TEACHER, still]
+    tune = [*short_run(sizes.tune, precision), *PLAIN]
     return run_grid(
         "blip", cells(), seeds=seeds, recipe=recipe, out=out / "models", measure=lambda run: measure(run, device),
         prepare=lambda cell, seed: _prepare(out, cell, seed, recipe, tune, device),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vlm.data.sources import Source, open_source
 from vlm.tasks.retrieval import evaluate_retrieval
+from vlm.train.config import load_config, named_config
+from vlm.train.run import RunConfig, run_kind
 from vlm.weights.load import load
 from vlm.weights.loaded import VisionLanguageModel
 
@@ -22,6 +25,12 @@ def short_run(steps: int, precision: str) -> list[str]:
         f"train.steps={steps}", f"train.precision={precision}", "train.evaluate_every=0", "train.save_every=100",
         "train.keep=1", f"train.optim.warmup={max(1, steps // 10)}", "validation=[]", "loader.batch_size=48",
     ]  # fmt: skip
+
+
+def frozen(stage: str) -> tuple[str, ...]:
+    """Parts that no short run trains: the image tower, which costs time too, and those of the stage's tiny recipe."""
+    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), [])
+    return ("image.", *config.train.optim.freeze)
 
 
 def open_run(run: Path, device: str) -> tuple[VisionLanguageModel, Source]:
