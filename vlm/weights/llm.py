@@ -181,6 +181,7 @@ def _convert(file: Path, folder: Path) -> None:
         settings[f"{name}_token_id"] = getattr(tokenizer, f"{name}_token_id")
     type(model.config).from_dict(settings).save_pretrained(folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
     (folder / VOCABULARY).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
 
 
