@@ -6,7 +6,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
 
 lint: .venv/ready
 	$(BIN)/ruff check .

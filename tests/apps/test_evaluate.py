@@ -140,6 +140,43 @@ def test_matching(run: Run, model: str, classes: Path, tmp_path: Path, monkeypat
     assert gone.code == 2 and "gone" in gone.err
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("zero-shot", ()),
+        ("prompts", ("--sets", "none")),
+        ("retrieval", ("--gallery", 3, "--rerank", 2)),
+        ("matching", ()),
+    ],
+)
+def test_unreadable_pictures_are_told_and_the_figures_written(
+    run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: tuple[object, ...]
+) -> None:
+    """Exit status 1, as of `vlm classify`: a script must not take figures for those of the whole set."""
+    monkeypatch.setattr("vlm.weights.load.load", lambda *_, **__: fused_model())
+    where = ("eval", command, "-d", classes, "-m", "fused", *options, "--out", tmp_path / "out")
+    whole = run(*where)
+    assert whole.code == 0 and "could not be read" not in whole.err
+    (tmp_path / "out" / "report.json").unlink()
+    (classes / "sky" / "broken.png").write_bytes(b"no picture")
+    done = run(*where)
+    assert done.code == 1 and "1 pictures (or ends of shards) could not be read" in done.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8")) and "|" in done.out
+
+
+def test_references_whose_pictures_are_gone_are_told(run: Run, tmp_path: Path) -> None:
+    lines = [json.dumps({"image": f"{name}.png", "caption": f"a {name} thing"}) for name in ("red", "blue", "gone")]
+    for name in ("red", "blue"):
+        plain(name).save(tmp_path / f"{name}.png")
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    (tmp_path / "said.jsonl").write_text("\n".join(lines[:2]))
+    where = ("eval", "captions", tmp_path / "said.jsonl", "--out", tmp_path / "out", "--data")
+    done = run(*where, tmp_path / "all.jsonl")
+    assert done.code == 1 and "1 pictures (or ends of shards) could not be read" in done.err
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["pictures"] == 2
+    assert run(*where, tmp_path / "said.jsonl").code == 0
+
+
 def test_a_score_without_re_ranking_is_refused(run: Run, model: str, classes: Path) -> None:
     done = run("eval", "retrieval", "-d", classes, "-m", model, "--score", "itm+itc")
     assert done.code == 2 and "rerank is 0" in done.err

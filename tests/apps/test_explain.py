@@ -39,6 +39,7 @@ def test_layers_of_a_fused_model(run: Run, pictures: Path, tmp_path: Path, monke
         (("red.png", "red", "--method", "plan"), "has no plan; it has relevance, rollout"),
         (("red.png", "red", "--method", "gradcam"), "did you mean 'grad-cam'"),
         (("red.png", "red", "--out", "."), "is a folder"),
+        (("red.png", "red", "--layer", "1"), "layer 1 (--layer): chooses a fusion layer for grad-cam alone"),
     ],
 )
 def test_bad_input(run: Run, model: str, pictures: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -57,6 +58,13 @@ def test_pointing(run: Run, model: str, pictures: Path, tmp_path: Path) -> None:
     assert written["collages"] == written["hits"]["count"] == 5 and written["random weights"]["hits"]["chance"] == 0.25
     assert "random weights" not in run(*where, "--no-control").out
     assert run(*where, "--method", "plan").code == 2
+    refused = run(*where, "--layer", 2)
+    assert refused.code == 2 and "here the method is relevance" in refused.err
+
+
+def test_the_help_tells_what_points_better(run: Run) -> None:
+    shown = " ".join(run("explain", "--help").out.replace("│", " ").split())
+    assert "tiny-albef points better by cam than by grad-cam" in shown
 
 
 def test_the_shipped_model_points(run: Run, tmp_path: Path) -> None:

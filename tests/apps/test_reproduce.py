@@ -27,13 +27,24 @@ def test_the_table_is_written_and_gone_on_with(run: Run, stubbed: None, tmp_path
     assert page in done.out and "| + MoD | 0% shuffled | 2 | - | - | - | - | 55.0 [-8.5, 118.5] |" in page
     values = json.loads((tmp_path / "table.json").read_text("utf-8"))
     assert len(values["results"]) == 8 and values["command"].startswith("vlm reproduce albef")
-    assert values["machine"]["cores"] and values["packages"]["torch"]
+    (place,) = values["surroundings"]
+    assert place["machine"]["cores"] and place["packages"]["torch"]
     again = run(*where, tmp_path / "b", "--seeds", "0,1,2")
     assert again.code == 0 and len(list((tmp_path / "b").iterdir())) == 4  # those of seed 2
     assert len(json.loads((tmp_path / "table.json").read_text("utf-8"))["results"]) == 12
     other = run(*where, tmp_path / "b", "--seeds", "0", "--steps", "10")
     assert other.code == 2 and "was made with other settings" in other.err
     assert len(json.loads((tmp_path / "table.json").read_text("utf-8"))["results"]) == 12
+
+
+def test_the_table_lies_beside_the_runs_if_nothing_else_is_said(run: Run, stubbed: None, tmp_path: Path) -> None:
+    where = ("reproduce", "albef", "--noise", "0", "--out", tmp_path / "out")
+    done = run(*where, "--seeds", "0")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "table.md").read_text("utf-8") in done.out
+    assert run(*where, "--seeds", "1").code == 0  # what stands there stays in the table
+    results = json.loads((tmp_path / "out" / "table.json").read_text("utf-8"))["results"]
+    assert len(results) == 8 and {one["seed"] for one in results} == {0, 1}
 
 
 @pytest.mark.parametrize(

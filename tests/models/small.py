@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +45,26 @@ def far(a: Tensor, b: Tensor) -> bool:
 
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def check_finite(model: Any, some: Any) -> None:
+    """A stage's losses of a batch are finite scalars with a gradient."""
+    losses = model.loss(some)
+    losses["loss"].backward()
+    assert all(value.isfinite() and value.shape == () for value in losses.values())
+
+
+def check_learns(model: Any, some: Any, names: Sequence[str]) -> None:
+    """Sixty steps on one batch bring each of these losses well below where it began."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    first: dict[str, Tensor] = {}
+    for step in range(60):
+        optimiser.zero_grad()
+        losses = model.loss(some)
+        losses["loss"].backward()
+        optimiser.step()
+        model.clamp_()
+        first = losses if step == 0 else first
+    for name in names:
+        assert losses[name] < 0.6 * first[name], name

@@ -127,5 +127,5 @@ def test_settings_that_cant_be_are_refused(settings: dict[str, Any], said: str) 
 def test_words_in_its_qformer_are_refused() -> None:
     config = stage().config
     wrong = replace(config.qformer, text=replace(config.qformer.text, vocab_size=WORDS))
-    with pytest.raises(ConfigError, match="reads no words"):
+    with pytest.raises(ConfigError, match="reads none but an instruction"):
         Blip2Llm(replace(config, qformer=wrong))

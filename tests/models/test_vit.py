@@ -31,6 +31,23 @@ def test_any_size_and_patch(size: int, patch: int) -> None:
     assert model(pixels(2, size, size)).shape == (2, (size // patch) ** 2 + 1, 32)
 
 
+@pytest.mark.parametrize(("width", "mlp"), [(112, 488), (1408, 6144), (32, 33)])
+def test_the_feed_forward_is_as_wide_as_asked(width: int, mlp: int) -> None:
+    with torch.device("meta"):
+        model = ViT(replace(SMALL, width=width, mlp_width=mlp, layers=1))
+    assert model.trunk.blocks[0].mlp.fc1.weight.shape == (mlp, width)
+
+
+@pytest.mark.parametrize(("final", "wanted"), [(0.0, 1e-3), (0.5, 0.5)])
+def test_the_last_norm_may_have_an_eps_of_its_own(final: float, wanted: float) -> None:
+    model = build(replace(SMALL, norm_eps=1e-3, final_norm_eps=final))
+    before: list[Tensor] = []
+    model.trunk.blocks[-1].register_forward_hook(lambda *call: before.append(call[-1]))
+    states = model(pixels(1))
+    torch.testing.assert_close(states, torch.nn.functional.layer_norm(before[0], (32,), eps=wanted))
+    assert model.trunk.blocks[0].norm1.eps == 1e-3
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7))
 def test_other_sizes_interpolate_the_positions(high: int, wide: int) -> None:

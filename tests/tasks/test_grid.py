@@ -16,7 +16,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.tasks.reproduce import grid
 from vlm.tasks.reproduce.albef import MEASURES, VARIANTS, cells_of, reproduce_albef
 from vlm.tasks.reproduce.albef import measure as measure_albef
-from vlm.tasks.reproduce.grid import RESULT, Cell, as_table, read_results, run_grid
+from vlm.tasks.reproduce.grid import PLACE, RESULT, Cell, as_table, read_results, run_grid, table_values
 from vlm.train.config import load_config, named_config
 from vlm.train.run import run_kind
 
@@ -90,6 +90,44 @@ def test_known_results_count_as_finished_and_stay(trained: Callable[..., Trained
     assert len(found) == 4 and found[:2] == known[:2]
     assert [one["seed"] for one in written[0]] == [0, 0, 7, 7]  # no known result is lost, none is told twice
     assert [one["seed"] for one in written[-1]] == [0, 0, 1, 1, 7, 7]
+
+
+def test_each_result_says_where_it_was_made(
+    trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained()
+    first, second = ({"python": "3", "machine": {"system": name}} for name in ("Linux", "Darwin"))
+    monkeypatch.setattr(grid, "surroundings", lambda: first)
+    known = call(tmp_path / "there", seeds=[0])
+    monkeypatch.setattr(grid, "surroundings", lambda: second)
+    unplaced = {name: value for name, value in call(tmp_path / "before", seeds=[7])[0].items() if name != PLACE}
+    found = call(tmp_path / "here", known=known)
+    assert [one[PLACE] for one in found] == [first, first, second, second]
+    values = table_values([*found, unplaced])
+    assert values[PLACE] == [first, second]
+    assert [one.get(PLACE) for one in values["results"]] == [0, 0, 1, 1, None]
+    (tmp_path / "table.json").write_text(json.dumps(values))
+    assert read_results(tmp_path / "table.json") == [*found, unplaced]
+
+
+def test_a_table_from_before_results_had_places(tmp_path: Path) -> None:
+    """Its own place is that of all its results; what stands in the repository is still known, every run of it."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "reproduce-albef.json"
+    values = json.loads(path.read_text("utf-8"))
+    found = read_results(path)
+    assert len(found) == len(values["results"]) and all(one[PLACE]["machine"]["cores"] for one in found)
+    place = {name: values.get(name, found[0][PLACE][name]) for name in ("packages", "python", "machine")}
+    rows = [{name: value for name, value in one.items() if name != PLACE} for one in found]
+    (tmp_path / "old.json").write_text(json.dumps({"command": "vlm", **place, "results": rows}))
+    assert read_results(tmp_path / "old.json") == [one | {PLACE: place} for one in rows]
+
+
+@pytest.mark.parametrize("place", [3, "here", None])
+def test_a_place_that_isn_t_listed_is_refused(tmp_path: Path, place: Any) -> None:
+    one = {"row": "a", "column": "b", "seed": 0, "settings": [], "figures": {}, PLACE: place}
+    (tmp_path / "table.json").write_text(json.dumps({PLACE: [{}], "results": [one]}))
+    with pytest.raises(DataError, match="no results of runs"):
+        read_results(tmp_path / "table.json")
 
 
 @pytest.mark.parametrize("change", [{"recipe": ("train.steps=4",)}, {"cells": ("model.mlm_weight=0",)}])

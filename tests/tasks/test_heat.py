@@ -106,6 +106,12 @@ def test_layers_differ_and_are_bounded() -> None:
         heat(model, pixels, tokens, layer=3)
 
 
+def test_a_layer_for_a_method_that_has_no_use_for_it_is_refused() -> None:
+    for model, method in ((fused_model(), "rollout"), (mean_pooled(), "cam"), (pair_model(), "plan")):
+        with pytest.raises(ConfigError, match=rf"layer 1 \(--layer\): .*here the method is {method}"):
+            explain(model, noise(1), TEXT_OF, method=method, layer=1)
+
+
 def test_cam_adds_up_to_the_cosine() -> None:
     model = mean_pooled()
     network: Any = model.network

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,7 +117,7 @@ def trainer(
 
 
 def in_rank(rank: int, count: int, port: int, task, arguments: tuple) -> None:
-    """Run `task(here, *arguments)` as one rank of a gloo group (entry of torch.multiprocessing.spawn)."""
+    """Run `task(here, *arguments)` as one rank of a gloo group (entry of `spawn`'s processes)."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -123,17 +125,31 @@ def in_rank(rank: int, count: int, port: int, task, arguments: tuple) -> None:
         WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # as torchrun has it: the process above serves that port
     )
     with ranks("cpu") as here:
         task(here, *arguments)
     leave()
 
 
-def spawn(task, *arguments, count: int = 2) -> None:
-    """Run `task(here, *arguments)` on `count` gloo ranks."""
-    import socket
+PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "tests.train.small_pairs", "vlm.train.run"]
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(in_rank, (count, port, task, arguments), nprocs=count)
+
+def spawn(task, *arguments, count: int = 2, seconds: float = 300) -> None:
+    """Run `task(here, *arguments)` on `count` gloo ranks, which are killed when one fails or time is up.
+
+    They fork from a server that has imported already what takes longer than most tasks.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    # Held from the start, so that no other test's process takes the port.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started = torch.multiprocessing.start_processes(
+        in_rank, (count, store.port, task, arguments), nprocs=count, join=False, start_method="forkserver"
+    )
+    end = time.monotonic() + seconds
+    try:
+        while not started.join(timeout=max(0.0, end - time.monotonic())):
+            assert time.monotonic() < end, f"{count} ranks weren't done in {seconds} s"
+    finally:
+        for process in started.processes:
+            process.kill()

@@ -43,6 +43,8 @@ def test_yaml_and_overrides(tmp_path):
         ("train: {ema: 1.0}", None, r"train\.ema is a decay"),
         ("train: {optim: {lr: -1}}", None, r"train\.optim\.lr must be at least 0"),
         ("train: {optim: {betas: [0.9, 1.0]}}", None, r"train\.optim\.betas"),
+        ("train: {teacher: {decay: 1}}", None, r"train\.teacher\.decay must be below 1, got 1\.0$"),
+        ("train: {teacher: {alpha: 1.5}}", None, r"train\.teacher\.alpha is a share and must be at most 1, got 1\.5$"),
         ("- a", None, "expected sections"),
         ("a: [", None, "not valid YAML"),
     ],
@@ -56,7 +58,8 @@ def test_refused(tmp_path, text, override, message):
 
 def test_named_configs():
     assert named_config("clip", "tiny").name == "clip-tiny.yaml"
-    with pytest.raises(ConfigError, match=r"'tny' \(did you mean 'tiny'\?\).*base, tiny"):
+    assert named_config("clip", "base-16").name == "clip-base-16.yaml"
+    with pytest.raises(ConfigError, match=r"'tny' \(did you mean 'tiny'\?\).*base, base-16, tiny"):
         named_config("clip", "tny")
     with pytest.raises(ConfigError, match="no such configuration file"):
         named_config("clip", "absent.yaml")

@@ -141,6 +141,26 @@ def test_not_finite_loss_names_the_keys_and_keeps_the_checkpoint(tmp_path):
     assert max(losses(tmp_path)) == 10
 
 
+def test_all_keys_of_a_large_batch_are_kept(tmp_path):
+    numbers = list(range(70))
+
+    def batches(epoch, skip):
+        yield batch(numbers, len(numbers), broken=69)
+
+    path = tmp_path / "nonfinite.json"
+    with pytest.raises(TrainingError) as stopped:
+        trainer(tmp_path, job={"batches": batches}).fit()
+    message = str(stopped.value)
+    assert f"all 70 stand in {path}): sample-0, " in message and message.endswith("sample-63, ...")
+    found = json.loads(path.read_text())
+    assert found["keys"] == [f"sample-{number}" for number in numbers]
+    assert (found["step"], found["what"]) == (1, "the loss is nan")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan.*70; .*can't be written.*sample-0, "):
+        trainer(tmp_path, job={"batches": batches}).fit()
+
+
 def sick_later(number):
     """Sample `number` is broken from the second epoch on."""
 

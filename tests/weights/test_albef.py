@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import vlm
 from tests.weights.albef_reference import POSITIONS, SIZES, Reference, reference
 from tests.weights.facts import official
 from vlm.data.tokenizers import wordpiece
@@ -21,6 +22,7 @@ from vlm.weights.official import export_official, layout_of, load_official, read
 from vlm.weights.rules import to_ours
 
 TEXTS = ["a cat", "two dogs in a wood, late at night", "a red [MASK]"]
+QUERY = "text_encoder.bert.encoder.layer.0.attention.self.query.weight"
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,10 @@ def test_a_checkpoint_without_its_teacher_is_for_use_only(path, tmp_path):
     [
         ({"itm_head.bias": None}, "1 missing: itm_head.bias"),
         ({"extra.weight": torch.ones(2)}, "1 unexpected: extra.weight"),
+        (
+            {"itm_head.bias": None, QUERY: torch.ones(3, 5)},
+            rf"1 missing: itm_head\.bias\n  1 of the wrong shape: {QUERY} \(3, 5\)",
+        ),
         ({"vision_proj.bias": torch.ones(3)}, r"image_projection.bias \(3,\), expected \(40,\)"),
         ({"temp": None}, "1 missing: temp"),
         ({"text_encoder.cls.predictions.decoder.bias": torch.ones(30522)}, r"decoder\.bias differs from"),
@@ -137,6 +143,23 @@ def test_what_doesn_t_fit_is_named(path, tmp_path, change, message):
     torch.save({"model": {name: value for name, value in tensors.items() if value is not None}}, tmp_path / "bad.pth")
     with pytest.raises(WeightsError, match=message):
         load_official(tmp_path / "bad.pth")
+
+
+def test_the_one_door_opens_pre_training_and_names_what_was_fine_tuned(theirs, path, tmp_path):
+    model = vlm.load(path, device="cpu")
+    assert (model.family, model.name) == ("albef", "ALBEF")
+    with torch.no_grad():
+        check(*ours_and_theirs(model.network, theirs))
+    # As fine-tuning writes them: an encoder without MLM's head, and for VQA a decoder beside it.
+    known = {n: v for n, v in read_tensors(path).items() if "_m." not in n and "queue" not in n}
+    encoder = {n.replace(".bert.", "."): v for n, v in known.items() if ".cls." not in n}
+    decoder = {n.replace("encoder", "decoder"): v for n, v in known.items() if n.startswith("text_encoder")}
+    towers = {n: v for n, v in encoder.items() if n.startswith(("visual_encoder", "text_encoder"))}
+    entailment = towers | {"cls_head.0.weight": torch.ones(128, 128)}
+    for name, tensors in {"retrieval": encoder, "entailment": entailment, "vqa": towers | decoder}.items():
+        torch.save({"model": tensors}, tmp_path / f"{name}.pth")
+        with pytest.raises(WeightsError, match=rf"{name}\.pth: a fine-tuned ALBEF, .*only the file of pre-training"):
+            vlm.load(tmp_path / f"{name}.pth", device="cpu")
 
 
 def test_a_teacher_with_two_embeddings_is_refused(path, tmp_path):
@@ -151,6 +174,13 @@ def test_queues_of_other_shapes_are_named(path, tmp_path):
     tensors = read_tensors(path) | {"text_queue": torch.ones(40, 5)}
     torch.save({"model": tensors}, tmp_path / "bad.pth")
     with pytest.raises(WeightsError, match=r"image_queue \(40, 6\), text_queue \(40, 5\), expected \(40, Q\) twice"):
+        read_official(tmp_path / "bad.pth", training=True)
+
+
+@pytest.mark.parametrize("place", [[6], [-1], [1, 2]])
+def test_a_pointer_beside_the_queue_is_refused(path, tmp_path, place):
+    torch.save({"model": read_tensors(path) | {"queue_ptr": torch.tensor(place)}}, tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=rf"queue_ptr is {re.escape(str(place))}, expected a row of .*, 0 to 5"):
         read_official(tmp_path / "bad.pth", training=True)
 
 

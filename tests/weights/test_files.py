@@ -19,7 +19,7 @@ from vlm.errors import MissingVerbError, WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import Base, read_tensors, save_model, with_shared, without_shared
+from vlm.weights.files import Base, build, read_tensors, save_model, with_shared, without_shared
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import base_of, model_tensors
 from vlm.weights.start import start_from
@@ -56,7 +56,8 @@ def test_damaged_files(tmp_path, suffix):
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
     assert torch.equal(read_tensors(path)["weight"], tensors["weight"])
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"\x00" * 500):
+    garbage = (b"", b"hi", b"a", b".", b"G", b"}]Ns.", b"co:\xcf\n", b"a plain text\n", b"\x00" * 500, b"\x80\x02h")
+    for content in (whole[: len(whole) // 2], *garbage):
         path.write_bytes(content)
         with pytest.raises(WeightsError, match=f"model{suffix}: (damaged|holds)"):
             read_tensors(path)
@@ -347,3 +348,38 @@ def test_shipped_albef_stands_on_the_shipped_clip():
     assert torch.equal(clip["text.tokens.weight"], albef["text.tokens.weight"])
     assert not torch.equal(clip["image_projection.weight"], albef["image_projection.weight"])
     assert all(value.isfinite().all() for value in albef.values())
+
+
+class Odd(torch.nn.Module):
+    """A weight that may have two names, and numbers that aren't stored."""
+
+    def __init__(self, *, tied=False, numbered=False):
+        super().__init__()
+        self.one = torch.nn.Linear(3, 3, bias=False)
+        self.two = torch.nn.Linear(3, 3, bias=False)
+        if tied:
+            self.two.weight = self.one.weight
+        if numbered:
+            self.register_buffer("numbers", torch.arange(4) + 0.5, persistent=False)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tied": True}, {"numbered": True}])
+def test_given_tensors_become_the_weights(shape):
+    tensors = {"one.weight": torch.randn(3, 3, dtype=torch.float64), "two.weight": torch.randn(3, 3).T}
+    if shape.get("tied"):
+        tensors["two.weight"] = tensors["one.weight"]
+    found = build(lambda: Odd(**shape), tensors, where="x")
+    assert all(torch.equal(value, tensors[name].to(value.dtype)) for name, value in found.state_dict().items())
+    assert all(value.requires_grad and value.is_contiguous() for value in found.parameters())
+    assert (found.one.weight is found.two.weight) == bool(shape.get("tied"))
+    if not shape:  # nothing was copied
+        assert found.one.weight.data_ptr() == tensors["one.weight"].data_ptr()
+    assert [value.tolist() for value in found.buffers()] == ([[0.5, 1.5, 2.5, 3.5]] if shape.get("numbered") else [])
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_tensors_that_don_t_fit_are_refused_with_the_sizes_that_can_t_be(numbered):
+    with pytest.raises(WeightsError, match=r"x: .*\n.*1 missing: two\.weight\n.*1 unexpected: three"):
+        build(lambda: Odd(numbered=numbered), {"one.weight": torch.ones(3, 3), "three": torch.ones(1)}, where="x")
+    with pytest.raises(WeightsError, match="x: width 48 is not a multiple of heads 5"):
+        build(lambda: Clip(replace(CONFIG, image=replace(CONFIG.image, heads=5))), {}, where="x")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlm
 from tests.weights.made import scrambled
-from tests.weights.test_stages import ALBEF, IMAGE, TEXT, albef_folder, begun, clip_folder
+from tests.weights.test_stages import IMAGE, TEXT, albef_folder, begun, clip_folder
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
@@ -171,9 +171,9 @@ def test_other_depths_are_refused_with_what_was_expected(tmp_path: Path) -> None
 
 
 def test_other_widths_are_refused(tmp_path: Path) -> None:
-    albef_folder(tmp_path / "albef", replace(ALBEF, embed_dim=8))
-    network = fresh(BLIP)
+    albef_folder(tmp_path / "albef")
+    network = fresh(replace(BLIP, text=replace(MED, context_length=30)))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(WeightsError, match=r"image_projection.weight \(8, 24\), expected \(16, 24\)"):
+    with pytest.raises(WeightsError, match=r"positions\.weight \(24, 32\), expected \(30, 32\)"):
         begun(network, tmp_path / "albef")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

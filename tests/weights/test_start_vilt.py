@@ -49,7 +49,10 @@ def test_the_image_encoder_of_a_clip(tmp_path: Path, pre_norm: bool) -> None:
             {"pre_norm": True},
             r"1 missing: image\.trunk\.patch_embed\.proj\.bias\n.*2 unexpected: image\.trunk\.norm_pre",
         ),
-        ({"image_size": 32}, r"1 of the wrong shape: image\.trunk\.pos_embed \(1, 17, 32\), expected \(1, 10, 32\)"),
+        (
+            {"patch_size": 4},
+            r"1 of the wrong shape: image\.trunk\.patch_embed\.proj\.weight \(32, 3, 4, 4\), expected \(32, 3, 8, 8\)",
+        ),
         ({"layers": 3}, r"12 unexpected: image\.trunk\.blocks\.2"),
     ],
 )

@@ -30,24 +30,20 @@ Templates = Annotated[
 LabelsFile = Annotated[Path | None, typer.Option("--labels-file", help="A file with one label a line.")]
 
 
-def load_model(name: str, device: str, *, llm: str = "") -> Any:
-    """The model on its device; llm: see `vlm.load`."""
+def load_model(name: str, device: str, *, llm: str = "", image: Path | None = None) -> Any:
+    """The model on its device; llm, image: see `vlm.load`."""
     from vlm.train.distributed import pick_device
     from vlm.weights.load import load
     from vlm.weights.shipped import shipped
 
-    place = None if device == "auto" else pick_device(device)
-    if (
-        name in (DEFAULT_MODEL, DEFAULT_CAPTIONER, DEFAULT_SPEAKER)
-        and not Path(name).exists()
-        and name not in shipped()
-    ):
+    ours = (DEFAULT_MODEL, DEFAULT_CAPTIONER, DEFAULT_SPEAKER)
+    if name in ours and not Path(name).exists() and name not in shipped():
         stage = name.removeprefix("tiny-")
         raise WeightsError(
             f"{name} isn't in this checkout; train it with `vlm train {stage} --config tiny --out runs/{name}` and "
             f"give `--model runs/{name}`, or name another model (`vlm models` says which)"
         )
-    return load(name, device=place, llm=llm)
+    return load(name, device=pick_device(device), llm=llm, image=image)
 
 
 def read_labels(labels: str, labels_file: Path | None) -> list[str]:

@@ -25,7 +25,10 @@ from vlm.apps.common import (
 )
 from vlm.apps.explain import Layer, Method
 
-app = typer.Typer(help="Measure a model on a data set.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure a model on a data set. Exit status 1 when some of its pictures could not be read.",
+    no_args_is_help=True,
+)
 
 Data = Annotated[str, typer.Option("--data", "-d", help="Shards, folder, table, ImageFolder or a built-in name.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.json and its companions.")]
@@ -77,6 +80,7 @@ def zero_shot(
         writer.writerows(classes)
         write_text(buffer.getvalue(), out / "per_class.csv")
         confusion_picture(report.labels, report.truth, report.predicted, out / "confusion.png", title=report.data)
+    _complete(source)
 
 
 @app.command()
@@ -132,6 +136,7 @@ def retrieval(
     typer.echo(table(header, rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict() | {"distractors": distractors, "seed": seed})
+    _complete(source, more)
 
 
 @app.command()
@@ -158,6 +163,7 @@ def matching(
     typer.echo(table(["measure", "% [95 % interval]", "chance %"], rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict() | {"seed": seed})
+    _complete(source)
 
 
 @app.command()
@@ -195,6 +201,7 @@ def prompts(
     if out is not None:
         values = {"model": loaded.name, "data": source.name, "flags": not no_flags, "rows": found}
         _write_json(out / "report.json", values)
+    _complete(source)
 
 
 @app.command()
@@ -228,6 +235,7 @@ def pointing(
     typer.echo(table(["weights", "hottest patch right, %", "heat in the right picture, %", "chance %"], rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict())
+    _complete(source)
 
 
 @app.command()
@@ -256,7 +264,8 @@ def captions(
     if (references is None) == (not data):
         raise ConfigError("expected either --references FILE or --data DATA")
     own, further = read_predictions(predictions)
-    wanted = source_references(open_source(data)) if references is None else read_references(references)
+    source: Any = open_source(data) if references is None else None
+    wanted = source_references(source) if references is None else read_references(references)
     report = evaluate_captions(own, wanted, name=str(predictions), missing=missing, seed=seed)
     typer.echo(f"{report.predictions} against {report.references}: {len(report.pictures)} pictures")
     left_out = report.left_out | ({"further captions of one picture": further} if further else {})
@@ -268,6 +277,15 @@ def captions(
         _write_json(out / "report.json", report.as_dict() | {"left_out": left_out, "missing": missing, "seed": seed})
         lines = [json.dumps(picture, ensure_ascii=False) for picture in report.pictures]
         write_text("\n".join(lines) + "\n", out / "per_picture.jsonl")
+    _complete(source)
+
+
+def _complete(*sources: Any) -> None:
+    """Leave with status 1 when pictures of a source could not be read; each was named as it was met."""
+    unread = sum(source.problems.unread for source in sources if source is not None)
+    if unread:
+        typer.echo(f"{unread} pictures (or ends of shards) could not be read; the figures are without them", err=True)
+        raise typer.Exit(1)
 
 
 def _depths(text: str) -> list[int]:

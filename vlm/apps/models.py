@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,12 +29,23 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for --to official a .pth file.")],
     model: Model = DEFAULT_MODEL,
     to: Annotated[
-        str, typer.Option("--to", help="vlm, hf (transformers), open_clip, or official (ALBEF's or BLIP's file).")
+        str,
+        typer.Option("--to", help="vlm, hf (transformers), open_clip, or official (ALBEF's, BLIP's or BLIP-2's file)."),
     ] = "hf",
     dtype: Annotated[str, typer.Option(help="Type of the stored numbers: fp32, fp16 or bf16; for --to vlm.")] = "fp32",
     base: Annotated[
         str | None, typer.Option(help="A shipped model whose tensors aren't stored again; for --to vlm.")
     ] = None,
+    llm: Annotated[
+        str, typer.Option(help="The language model of an official stage-2 BLIP-2: a repo id or folder.")
+    ] = "",
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A file with an official BLIP-2's image encoder; eva_vit_g.pth beside it if none."),
+    ] = None,
+    near: Annotated[
+        bool, typer.Option("--near", help="For --to hf: let an official BLIP-2's last image norm have another eps.")
+    ] = False,
     device: Device = "cpu",
 ) -> None:
     """Write a model as another library reads it."""
@@ -60,12 +72,14 @@ def export(
         check_target(out)  # before a model is read
     if base is not None:
         base_folder(base, where="--base")
-    loaded = load_model(model, device)
+    if near and to != "hf":
+        raise ConfigError(f"--near: only --to hf has such settings; leave it out of --to {to}")
+    loaded = load_model(model, device, llm=llm, image=image)
     if to == "vlm":
         loaded.save(out, dtype=types[dtype], base=base)
     else:
         writers: dict[str, Callable[..., Path]] = {
-            "hf": export_hf, "open_clip": export_open_clip, "official": export_official,
+            "hf": partial(export_hf, near=near), "open_clip": export_open_clip, "official": export_official,
         }  # fmt: skip
         writers[to](loaded, out)
     typer.echo(f"{loaded.name} written to {out}")

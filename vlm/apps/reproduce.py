@@ -15,11 +15,18 @@ from vlm.apps.common import Device, write_text
 
 app = typer.Typer(help="Repeat a paper's ablation in miniature.", no_args_is_help=True)
 
+TABLE = "table"
+"""Name of the results in the folder of the runs."""
+
 Seeds = Annotated[str, typer.Option(help="Seeds joined by commas; at least three for an interval that says much.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")]
+Runs = Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")]
 Table = Annotated[
     Path | None,
     typer.Option(
-        "--table", help="Also write the results as FILE.json and FILE.md; those that stand there aren't made again."
+        "--table",
+        help="Write the results as FILE.json and FILE.md, else as OUT/table; those that stand there aren't made again.",
     ),
 ]
 
@@ -31,15 +38,13 @@ def _group() -> None:
 
 @app.command()
 def albef(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")] = (
-        Path("runs/reproduce-albef")
-    ),
+    out: Runs = Path("runs/reproduce-albef"),
     seeds: Seeds = "0,1,2",
     noise: Annotated[str, typer.Option(help="Shares of shuffled captions, joined by commas.")] = "0,0.2,0.4",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 120,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Precision = "auto",
     table: Table = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
+    threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
     """ITM + MLM; + ITC; + hard negatives; + MoD, each with shuffled captions (ALBEF, table 1)."""
@@ -47,26 +52,25 @@ def albef(
     from vlm.tasks.reproduce.grid import as_table
 
     _begin(threads)
+    place = table or out / TABLE
     results = reproduce_albef(
         out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], noise=_numbers(noise, "--noise"),
-        steps=steps, precision=precision, known=_known(table), device=device,
-        after=lambda found: _write(found, as_table(found, MEASURES), table),
+        steps=steps, precision=precision, known=_known(place), device=device,
+        after=lambda found: _write(found, as_table(found, MEASURES), place),
     )  # fmt: skip
     typer.echo(as_table(results, MEASURES))
 
 
 @app.command()
 def blip(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; finished ones aren't made again.")] = (
-        Path("runs/reproduce-blip")
-    ),
+    out: Runs = Path("runs/reproduce-blip"),
     seeds: Seeds = "0,1,2",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each model that is compared.")] = 100,
     tune_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of captioner and filter each.")] = 60,
     start: Annotated[str, typer.Option(help="Model of the stage before, which all models begin as.")] = "tiny-albef",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    precision: Precision = "auto",
     table: Table = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 for its own choice.")] = 0,
+    threads: Threads = 0,
     device: Device = "auto",
 ) -> None:
     """CapFilt: neither, filter, captioner, both; nucleus or beam; and what is shared (BLIP, tables 1 to 3)."""
@@ -74,10 +78,11 @@ def blip(
     from vlm.tasks.reproduce.grid import as_table
 
     _begin(threads)
+    place = table or out / TABLE
     results = reproduce_blip(
         out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], sizes=Sizes(steps, tune_steps),
-        start=start, precision=precision, known=_known(table), device=device,
-        after=lambda found: _write(found, as_table(found, MEASURES), table),
+        start=start, precision=precision, known=_known(place), device=device,
+        after=lambda found: _write(found, as_table(found, MEASURES), place),
     )  # fmt: skip
     typer.echo(as_table(results, MEASURES))
 
@@ -90,21 +95,20 @@ def _begin(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _known(table: Path | None) -> list[dict[str, Any]]:
+def _known(table: Path) -> list[dict[str, Any]]:
     """Results of an earlier call, which may have run elsewhere. Raises DataError when they can't be read."""
     from vlm.tasks.reproduce.grid import read_results
 
-    path = table.with_name(table.name + ".json") if table is not None else None
-    return read_results(path) if path is not None and path.is_file() else []
+    path = table.with_name(table.name + ".json")
+    return read_results(path) if path.is_file() else []
 
 
-def _write(results: list[dict[str, Any]], text: str, table: Path | None) -> None:
-    if table is not None:
-        from vlm.train.environment import surroundings
+def _write(results: list[dict[str, Any]], text: str, table: Path) -> None:
+    from vlm.tasks.reproduce.grid import table_values
 
-        values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **surroundings(), "results": results}
-        write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))
-        write_text(text, table.with_name(table.name + ".md"))
+    values = {"command": shlex.join(["vlm", *sys.argv[1:]]), **table_values(results)}
+    write_text(json.dumps(values, indent=1) + "\n", table.with_name(table.name + ".json"))
+    write_text(text, table.with_name(table.name + ".md"))
 
 
 def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:

@@ -20,17 +20,13 @@ from vlm.data.images import decode_image
 from vlm.data.plan import plan, shuffled_texts
 from vlm.data.prompts import Prompts, asked
 from vlm.data.rows import Row, Unreadable, collate
-from vlm.data.samples import OWN, stable_id
+from vlm.data.samples import OWN, UNREADABLE, stable_id
 from vlm.data.sources import Source
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, DataError, check_least
 
 logger = logging.getLogger("vlm.data")
-
-
-UNREADABLE = "picture that can't be decoded (each showing counted)"
-"""The reason under which a source's `problems` count what was skipped here."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ import numpy as np
 logger = logging.getLogger("vlm.data")
 
 CAPTION_FIELDS = ("captions", "caption", "text", "title")
+UNREADABLE = "picture that can't be decoded (each showing counted)"
+ABSENT = "picture isn't there"
+DAMAGED = "damaged shard, its readable part is used"
+"""Reasons for which `Problems` count what was asked for and could not be read."""
 ANSWER_FIELDS = ("answers", "answer")
 
 
@@ -58,6 +62,11 @@ class Problems:
     def total(self) -> int:
         """All that was skipped."""
         return sum(self.counts.values())
+
+    @property
+    def unread(self) -> int:
+        """Pictures, and ends of damaged shards, that could not be read."""
+        return sum(self.counts.get(reason, 0) for reason in (UNREADABLE, ABSENT, DAMAGED))
 
     def summary(self) -> str:
         """One line for each reason: count, reason, first places."""

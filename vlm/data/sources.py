@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm.data.images import SUFFIXES, read_encoded
-from vlm.data.samples import OWN, Problems, Sample, caption_length, fingerprint, with_captions
+from vlm.data.samples import ABSENT, OWN, Problems, Sample, caption_length, fingerprint, with_captions
 from vlm.data.shards import ENDINGS, ShardSource, find_shards
 from vlm.data.tables import TABLES, table_rows
 from vlm.errors import DataError, nearest
@@ -285,7 +285,7 @@ def _open_table(path: Path) -> FileSource:
         named = row.pop("image")
         image = posixpath.normpath(named.strip()) if isinstance(named, str) and named.strip() else ""
         if not image or not os.path.isfile(path.parent / image):
-            problems.add("picture isn't there", f"{where}: {image or 'no name'}")
+            problems.add(ABSENT, f"{where}: {image or 'no name'}")
             continue
         meta = _row_meta(row, where, problems)
         if meta is None:

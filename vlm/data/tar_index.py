@@ -14,7 +14,7 @@ from webdataset.tariterators import base_plus_ext
 
 from vlm.data.cache import ADVICE, LocalTar, cache_dir
 from vlm.data.images import SUFFIXES
-from vlm.data.samples import Problems, caption_length, parse_json, with_captions
+from vlm.data.samples import DAMAGED, Problems, caption_length, parse_json, with_captions
 from vlm.errors import DataError
 from vlm.files import write_file
 
@@ -61,7 +61,7 @@ def index_shard(tar: LocalTar, label: str) -> Index:
 def _scan(tar: LocalTar, label: str) -> Index:
     index = Index()
     if tar.problem:
-        index.problems.add("damaged shard, its readable part is used", f"{label} ({tar.problem})")
+        index.problems.add(DAMAGED, f"{label} ({tar.problem})")
     with tar.path.open("rb") as file:
         key = ""
         members: dict[str, Piece] = {}
@@ -81,13 +81,13 @@ def _members(file: BinaryIO, label: str, problems: Problems) -> Iterator[tuple[s
     """Key, ending and place of each whole member, by webdataset's own rule for splitting names."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    damaged, end = "damaged shard, its readable part is used", 0
+    end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 end = member.offset_data + member.size
                 if member.isreg() and end > size:
-                    problems.add(damaged, f"{label} (ends inside {member.name})")
+                    problems.add(DAMAGED, f"{label} (ends inside {member.name})")
                     return
                 prefix, suffix = base_plus_ext(member.name.encode("utf-8", "replace").decode("utf-8"))
                 if (
@@ -101,15 +101,15 @@ def _members(file: BinaryIO, label: str, problems: Problems) -> Iterator[tuple[s
     except tarfile.ReadError as error:
         if not end:
             raise ValueError(str(error)) from error
-        problems.add(damaged, f"{label} ({error})")
+        problems.add(DAMAGED, f"{label} ({error})")
         return
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        problems.add(damaged, f"{label} ({error})")
+        problems.add(DAMAGED, f"{label} ({error})")
         return
     # tarfile takes a damaged header and a cut at a block's edge for the end; a whole archive ends in zeros.
     file.seek(max(0, min(end, size) - 512))
     if file.read(1536).strip(b"\0") and not _ends_in_zeros(file, end):
-        problems.add(damaged, f"{label} (no end mark: it was cut, or damaged at byte {end:,})")
+        problems.add(DAMAGED, f"{label} (no end mark: it was cut, or damaged at byte {end:,})")
 
 
 def _ends_in_zeros(file: BinaryIO, end: int) -> bool:

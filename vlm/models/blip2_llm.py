@@ -54,7 +54,8 @@ class Blip2LlmConfig:
 
     image: ViTConfig = field(default_factory=ViTConfig)
     qformer: QFormerConfig = field(default_factory=_qformer)
-    """Without words: `text.vocab_size` 0, `speaks` false."""
+    """Without words: `text.vocab_size` 0, `speaks` false. An `instructed` one has them (InstructBLIP); such a model is
+    used and not trained."""
     llm: LlmConfig = field(default_factory=LlmConfig)
     prompt: str = ""
     """How every caption begins, such as "a photo of"; it is read, not learnt."""
@@ -127,9 +128,9 @@ class Blip2Llm(nn.Module):
 
     # What the LLM reads (§3.3)
 
-    def visual_prompt(self, pixels: Tensor) -> Tensor:
-        """What (B, 3, H, W) normalised pixels are to the LLM: (B, Q, D)."""
-        return self.read(self.look(pixels))
+    def visual_prompt(self, pixels: Tensor, asked: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What (B, 3, H, W) normalised pixels are to the LLM: (B, Q, D); asked: see `read`."""
+        return self.read(self.look(pixels), asked)
 
     def look(self, pixels: Tensor) -> Tensor:
         """The image encoder's states (B, N, width) of (B, 3, H, W) normalised pixels."""
@@ -137,16 +138,30 @@ class Blip2Llm(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             return self.image(pixels)
 
-    def read(self, states: Tensor) -> Tensor:
-        """What image states (B, N, width) are to the LLM: (B, Q, D)."""
-        return self.projection(self.qformer.queries(states))
+    def read(self, states: Tensor, asked: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What image states (P, N, width) are to the LLM: (B, Q, D).
+
+        asked: tokens (B, L) of instructions in the Q-Former's own vocabulary, for an instructed one and for no other;
+        P may divide B, else it is B. Raises ValueError where it is missing, or isn't read.
+        """
+        if asked is None:
+            return self.projection(self.qformer.queries(states))
+        ids, mask = asked["input_ids"], asked["attention_mask"]
+        return self.projection(self.qformer.queries(states, input_ids=ids, mask=mask))
 
     # What it says
 
-    def lm_logits(self, pixels: Tensor, tokens: Mapping[str, Tensor], given: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) of the token after each token; arguments as for `LanguageModel.logits`."""
+    def lm_logits(
+        self,
+        pixels: Tensor,
+        tokens: Mapping[str, Tensor],
+        given: Tensor | None = None,
+        *,
+        asked: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V) of the token after each token; see `LanguageModel.logits`, and `read` for `asked`."""
         mask = tokens["attention_mask"].bool()
-        return self.speaker.logits(self.visual_prompt(pixels), tokens["input_ids"], mask, given)
+        return self.speaker.logits(self.visual_prompt(pixels, asked), tokens["input_ids"], mask, given)
 
     def begin(self, visual: Tensor, ids: Tensor, mask: Tensor) -> LlmState:
         """Read a visual prompt (B, Q, D) and how each text begins, ids and mask (B, L), start token first."""
@@ -167,6 +182,8 @@ class Blip2Llm(nn.Module):
 
     def forward(self, batch: Rows, pairs: Pairs | None = None) -> Encoded | dict[str, Tensor]:
         """Nothing is shared between rows; with `pairs`, whatever they hold, sums of `lm` and of what it got right."""
+        if self.config.qformer.instructed:
+            raise ConfigError("qformer.instructed: an instructed Q-Former is used, not trained; set it false")
         if pairs is None:
             return Encoded({}, {}, {})
         ids, mask = batch.tokens["input_ids"], batch.tokens["attention_mask"].bool()
@@ -224,9 +241,10 @@ def _is_llms_own(name: str) -> bool:
 
 def _check(config: Blip2LlmConfig) -> None:
     text = config.qformer.text
-    if text.vocab_size or config.qformer.speaks or config.qformer.instructed:
+    if config.qformer.speaks or bool(text.vocab_size) != config.qformer.instructed:
         raise ConfigError(
-            "qformer: in this stage it reads no words; set text.vocab_size 0, speaks and instructed false"
+            "qformer: in this stage it says no words, and reads none but an instruction; set speaks false, and "
+            "text.vocab_size 0 unless instructed is true"
         )
     if (text.cross_width or text.width) != config.image.width:
         raise ConfigError(

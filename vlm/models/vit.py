@@ -42,10 +42,18 @@ class ViTConfig:
     pre_norm: bool = False
     """A norm before the first layer and no bias in the patch projection, as in CLIP."""
     norm_eps: float = 1e-6
+    final_norm_eps: float = 0.0
+    """Of the norm behind the last layer, where it isn't that of the others: LAVIS's BLIP-2 has 1e-5 there; 0 for
+    `norm_eps`."""
     patch_dropout: float = 0.0
     """Share of the patches left out of each training image (FLIP, arXiv 2212.00794)."""
     drop_path: float = 0.0
     """Chance that a layer's branch is skipped in training, growing linearly with depth (stochastic depth)."""
+
+    @property
+    def own_final_eps(self) -> bool:
+        """Whether the last norm has another eps than the others, which few published classes have a setting for."""
+        return self.final_norm_eps not in (0.0, self.norm_eps)
 
 
 class ViT(nn.Module):
@@ -61,7 +69,7 @@ class ViT(nn.Module):
             embed_dim=config.width,
             depth=config.layers,
             num_heads=config.heads,
-            mlp_ratio=config.mlp_width / config.width,
+            mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm cuts the product off, which rounding may lessen
             act_layer=_ACTIVATIONS[config.activation],
             norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
             pre_norm=config.pre_norm,
@@ -71,6 +79,7 @@ class ViT(nn.Module):
             global_pool="",
             num_classes=0,
         )
+        self.trunk.norm = nn.LayerNorm(config.width, eps=config.final_norm_eps or config.norm_eps)
 
     @property
     def checkpointing(self) -> bool:

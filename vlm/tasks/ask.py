@@ -85,13 +85,14 @@ class Asker:
             rows = pixels if len(pixels) == len(questions) else pixels.expand(len(questions), -1, -1, -1)
             return write_answers(model, rows, model.tokens(questions), self.config)
         network: Any = model.network
-        visual = network.visual_prompt(pixels).expand(len(questions), -1, -1)  # a picture for all is read once
         prompts = prompts_of(model)
+        asked = [prompts.ask(one) for one in questions]
+        visual = model.visual_prompt(network.look(pixels), asked)  # a picture for all is read once
         draws = None
         if self.config.strategy == "nucleus":
             keys = [f"{key}/{one}" for key, one in zip(_keys(pixels, len(questions)), questions, strict=True)]
             draws = _draws(keys, self.seed, self.config)
-        tokens = model.tokens([prompts.ask(one) for one in questions])
+        tokens = model.tokens(asked)
         found = say(network, visual, tokens, self.config, tokenizer=model.tokenizer, draws=draws)
         return [_answer(text, prompts) for text in texts(model, found)]
 
@@ -124,7 +125,7 @@ class Chat:
             raise ConfigError("a chat writes one answer as it goes: strategy greedy or nucleus, sequences 1")
         with torch.inference_mode():
             pixels = self.model.pixels(image)
-            self._visual = network.visual_prompt(pixels)  # (1, Q, D)
+            self._seen = network.look(pixels)  # (1, N, width)
         self._key = content_keys(pixels)[0]
         self.turns: list[tuple[str, str]] = []
         """Questions with their answers."""
@@ -136,13 +137,14 @@ class Chat:
         Raises ConfigError when the turns are longer than the language model can read, which leaves them as they were.
         """
         model, prompts = self.model, prompts_of(self.model)
-        tokens = model.tokens([prompts.ask(question, self.turns)])
+        asked = [prompts.ask(question, self.turns)]
+        tokens, visual = model.tokens(asked), model.visual_prompt(self._seen, asked)
         draws = None
         if self.config.strategy == "nucleus":
             draws = _draws([f"{self._key}/{len(self.turns)}/{question}"], self.seed, self.config)
         written = _Written(model, prompts, on_text)
         found = say(
-            model.network, self._visual, tokens, self.config, tokenizer=model.tokenizer, draws=draws,
+            model.network, visual, tokens, self.config, tokenizer=model.tokenizer, draws=draws,
             on_tokens=written.add,
         )  # fmt: skip
         answer = _answer(texts(model, found)[0], prompts)

@@ -46,10 +46,10 @@ def explain(
     """Heat of each word of a text, and of all of it, over a picture.
 
     image: path, PIL image, array (H, W, 3) or bytes. method: see `vlm.tasks.heat`; ``auto`` for the model's
-    best. layer: of the fusion layers, for ``grad-cam``. words: whether each word is wanted too; ``rollout``
+    best. layer: of the fusion layers, for ``grad-cam`` alone. words: whether each word is wanted too; ``rollout``
     has none. The whole is the sum over tokens where each has a map (``grad-cam``, ``plan``), else a map of its
-    own. Raises ConfigError for an empty text or an unknown method, MissingVerbError when the model can't,
-    DataError for a bad picture.
+    own. Raises ConfigError for an empty text, an unknown method or a layer that it has no use for, MissingVerbError
+    when the model can't, DataError for a bad picture.
     """
     method = choose_method(model, method)
     shown = text.split()
@@ -63,7 +63,7 @@ def explain(
         shown, groups = word_places(model, text, len(found)) if words else ([], [])
         each = [found[start:end].sum(dim=0) for start, end in groups]
     else:
-        whole = heat(model, pixels, tokens, method=method).cpu()[0]
+        whole = heat(model, pixels, tokens, method=method, layer=layer).cpu()[0]
         if not words or method == "rollout":
             shown = []
         each = list(heat(model, pixels, model.tokens(shown), method=method).cpu()) if shown else []

@@ -79,14 +79,23 @@ def heat(
         pixels: (1, 3, H, W) of one picture.
         tokens: `input_ids` and `attention_mask`, each (1, L); for the methods behind `plan` (T, L).
         method: see `METHODS`.
-        layer: of the fusion layers, from 1, for `grad-cam`; `MIDDLE` for the middle one. Behind the last one
+        layer: of the fusion layers, from 1, for `grad-cam` alone; `MIDDLE` for the middle one. Behind the last one
             words no longer meet, so that there only the first token has heat.
 
     Returns:
         (L, h, w) at least 0 for `grad-cam` and `plan`, a map of each token; (T, h, w) for the others, a map of
         each text.
+
+    Raises:
+        ConfigError: for an unknown method, a layer that isn't there, and one for a method that has no use for it.
+        MissingVerbError: when the model can't.
     """
     method, network = choose_method(model, method), cast(Any, model.network)
+    if layer != MIDDLE and method != "grad-cam":
+        raise ConfigError(
+            f"layer {layer} (--layer): chooses a fusion layer for grad-cam alone, and here the method is {method}; "
+            "leave it out, or choose grad-cam with a model that has it"
+        )
     if method == "grad-cam":
         found = grad_cam(network, pixels, tokens, layer=layer)  # (L, N)
     elif method == "plan":

@@ -66,8 +66,10 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "train.teacher", dict.fromkeys(("decay", "queue", "alpha", "ramp"), 0))
-        if self.decay >= 1 or self.alpha > 1:
-            raise ConfigError(f"train.teacher: decay must be below 1 and alpha at most 1, got {self!r}")
+        if self.decay >= 1:
+            raise ConfigError(f"train.teacher.decay must be below 1, got {self.decay!r}")
+        if self.alpha > 1:
+            raise ConfigError(f"train.teacher.alpha is a share and must be at most 1, got {self.alpha!r}")
 
 
 @dataclass(frozen=True)

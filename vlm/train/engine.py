@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm.errors import TrainingError
+from vlm.files import write_text
 from vlm.train.checkpoint import Checkpoints, Export, Position, Trained
 from vlm.train.config import TrainConfig
 from vlm.train.distributed import Ranks, gather_objects, reshard, spread, unwrapped
@@ -36,6 +37,10 @@ from vlm.train.teacher import Teaching
 logger = logging.getLogger("vlm.train")
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+NONFINITE = "nonfinite.json"
+"""In a run's folder: the step that stopped it, why, and all keys of the step's batch."""
+SHOWN = 64
+"""Keys that the message itself names."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,9 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> Position:
         """Train to the end and return where the run stands.
 
-        Raises TrainingError on a loss or gradient that isn't finite (with the batch's keys), on a checkpoint
-        that can't be written, and when a resume doesn't fit; checkpoints written before stay intact.
+        Raises TrainingError on a loss or gradient that isn't finite (with the batch's keys, all of them in
+        `NONFINITE`), on a checkpoint that can't be written, and when a resume doesn't fit; checkpoints written before
+        stay intact.
         """
         if resume:
             self.resume()
@@ -173,12 +179,19 @@ class Trainer:
 
     def _stop(self, what: str, batch: Any) -> None:
         keys = [key for part in gather_objects(batch.keys, self.here) for key in part]
-        shown = ", ".join(keys[:64]) + (f", ... ({len(keys)} in all)" if len(keys) > 64 else "")
+        note = {"step": self.position.step + 1, "what": what, "keys": keys}
+        path, named = self.run / NONFINITE, f"all {len(keys)} stand in {self.run / NONFINITE}"
+        try:
+            if self.here.first:
+                write_text(path, json.dumps(note, indent=1) + "\n", error=TrainingError)
+        except TrainingError as error:  # a full disk mustn't hide why the run stops
+            named = f"{len(keys)}; {error}"
+        shown = ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
         steps = self.checkpoints.steps()
         left = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint yet"
         raise TrainingError(
             f"step {self.position.step + 1}: {what}; {left}. Look at these samples, or lower train.optim.lr. "
-            f"Keys of the batch: {shown}"
+            f"Keys of the batch ({named}): {shown}"
         )
 
     def _watch(self) -> dict[str, float]:

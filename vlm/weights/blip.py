@@ -32,6 +32,8 @@ PROMPT = (1037, 3861, 1997)
 """Ids of "a picture of", which the official captioner was fine-tuned to go on from."""
 ADDED = 2
 """Tokens behind the vocabulary: [DEC], then [ENC]."""
+TYPES = f"{ENCODER}.embeddings.token_type_embeddings.weight"
+"""What BLIP hasn't got, and ALBEF's fine-tuned files have under BLIP's names."""
 
 
 def infer_config(tensors: Mapping[str, Tensor], where: str) -> BlipConfig:
@@ -40,6 +42,7 @@ def infer_config(tensors: Mapping[str, Tensor], where: str) -> BlipConfig:
     A file with a decoder alone is a captioner, which has learnt to go on from "a picture of". Raises WeightsError
     naming the head that a tower lacks, or the tensors that are missing or make no sense.
     """
+    _refuse_albef(tensors, where)
     found = find_heads(tensors, where)
     image = image_config(tensors, where=where)
     prefix = ENCODER if "itc" in found else DECODER
@@ -82,6 +85,7 @@ def is_vqa(tensors: Mapping[str, Any]) -> bool:
 
 def infer_vqa(tensors: Mapping[str, Tensor], where: str) -> VqaConfig:
     """The settings of question answering that an official checkpoint's tensors tell, as `infer_config`."""
+    _refuse_albef(tensors, where)
     if MARKS["vqa"] not in tensors:
         raise WeightsError(f"{where}: no vqa head, no tensor {MARKS['vqa']} is there")
     image = image_config(tensors, where=where)
@@ -113,6 +117,14 @@ def unfit(config: BlipConfig | VqaConfig) -> dict[str, bool]:
             (config.dec_id, config.enc_id) != (text.vocab_size - ADDED, text.vocab_size - ADDED + 1)
         ),
     }
+
+
+def _refuse_albef(tensors: Mapping[str, Any], where: str) -> None:
+    if TYPES in tensors:
+        raise WeightsError(
+            f"{where}: a fine-tuned ALBEF, which has {TYPES}; of the official ALBEF only the file of pre-training, "
+            "ALBEF.pth, is read (its names begin with text_encoder.bert): load that, or start training from it"
+        )
 
 
 def _knows(tensors: Mapping[str, Any]) -> bool:

@@ -11,22 +11,33 @@ from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.weights.files import CONFIG, WEIGHTS, write_json, write_model
 from vlm.weights.hf_blip import export_hf_blip
+from vlm.weights.hf_blip2 import export_hf_matcher
+from vlm.weights.hf_blip2_llm import export_hf_speaker
 from vlm.weights.hf_parts import activation_name
+from vlm.weights.hf_qformer import export_hf_qformer
 from vlm.weights.keymaps.clip import hf_clip_rules, open_clip_rules
 from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import to_theirs
 from vlm.weights.vilt import export_hf_vilt
 
 
-def export_hf(model: VisionLanguageModel, folder: Path | str) -> Path:
-    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's or BLIP's own classes.
+def export_hf(model: VisionLanguageModel, folder: Path | str, *, near: bool = False) -> Path:
+    """Write a folder that ``transformers`` reads: CLIPModel and CLIPProcessor, or a ViLT's, BLIP's or BLIP-2's own
+    classes.
 
-    Raises WeightsError when they can't hold the network, saying why, or the folder can't be written.
+    near: see `vlm.weights.hf_blip2.export_hf_matcher`. Raises WeightsError when they can't hold the network, saying
+    why, or the folder can't be written.
     """
     if model.family == "vilt":
         return export_hf_vilt(model, Path(folder))
     if model.family in ("blip", "vqa"):
         return export_hf_blip(model, Path(folder))
+    if model.family == "blip2":
+        return export_hf_matcher(model, Path(folder), near=near)
+    if model.family == "blip2-llm":
+        return export_hf_speaker(model, Path(folder), near=near)
+    if model.family == "qformer":
+        return export_hf_qformer(model.network, folder)
     network = _clip(model, "transformers' CLIPModel")
     config = network.config
     tensors = to_theirs(network.state_dict(), hf_clip_rules(config))
@@ -87,6 +98,7 @@ def _clip(model: VisionLanguageModel, target: str) -> Clip:
             f"its text feature is {config.text_pool!r}, not the end-of-text state": config.text_pool != "eot",
             "its image feature is a mean over patches": config.image_pool != "cls",
             "its image tower has no norm before the first layer": not image.pre_norm,
+            "its image tower's last norm has an eps of its own": image.own_final_eps,
             "it has a sigmoid loss's bias": network.logit_bias is not None,
         }
 

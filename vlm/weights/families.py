@@ -15,6 +15,7 @@ from vlm.models.blip import Blip, BlipConfig
 from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from vlm.models.clip import Clip, ClipConfig
+from vlm.models.qformer import QFormer, QFormerConfig
 from vlm.models.vilt import Vilt, ViltConfig
 from vlm.models.vqa import Vqa, VqaConfig
 from vlm.weights.llm import complete
@@ -42,6 +43,7 @@ FAMILIES = {
     "blip2-llm": Family(Blip2LlmConfig, Blip2Llm, complete),
     "albef-classifier": Family(ClassifierConfig, classifier),
     "vqa": Family(VqaConfig, Vqa),
+    "qformer": Family(QFormerConfig, QFormer),
 }
 
 

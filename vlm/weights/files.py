@@ -5,28 +5,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import WeightsError
+from vlm.errors import ConfigError, WeightsError
 from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 INDEX, TORCH_WEIGHTS = "model.safetensors.index.json", "pytorch_model.bin"
+DAMAGED = (
+    SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error,
+)  # fmt: skip
+"""What reading a file that is no checkpoint raises: torch takes any bytes for a pickle, and stumbles anyhow."""
 BASE = "base"
 """In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out, and `parts` where the
 model has some of its parts alone."""
 MORE_ROWS = "@rows"
 """Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Configured(Protocol):
@@ -51,10 +60,11 @@ class Base(NamedTuple):
         return self._replace(tensors={n: value for n, value in self.tensors.items() if n.split(".")[0] in parts})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
     """All tensors of a checkpoint file: safetensors, or torch's format with weights only.
 
-    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. Raises WeightsError when the file is
+    A mapping under ``state_dict``, ``model`` or ``module`` is taken out. without: tensors whose names begin so are
+    left out, and of safetensors not even read. Raises WeightsError when the file is
     missing, damaged, no checkpoint, or would have to run code to be read.
     """
     if not path.is_file():
@@ -66,20 +76,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: this is {kind}, not weights; download the file itself")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path) if not without else _load_without(path, without)
+        # Mapped, so that what isn't asked for (a teacher, a queue, an optimiser) isn't read; older files can't be.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: holds more than tensors, so reading it could run foreign code ({str(error)[:200]}); "
             "save its state dict as safetensors, or get a version that is"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except DAMAGED as error:
         if "TorchScript" in str(error):
             raise WeightsError(
                 f"{path}: a TorchScript program, which isn't run here; its weights come with "
                 "open_clip:ARCH/openai (such as open_clip:ViT-B-32/openai), or save its state dict as safetensors"
             ) from error
-        raise WeightsError(f"{path}: damaged or not a checkpoint ({str(error)[:200]}); fetch it again") from error
+        raise WeightsError(f"{path}: damaged or not a checkpoint ({error!r:.200}); fetch it again") from error
     for name in ("state_dict", "model", "module"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -88,21 +99,57 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     named = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
-    return named
+    return {name: value for name, value in named.items() if not (without and name.startswith(without))}
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as ``transformers`` writes it, in one file or in shards.
+def _load_without(path: Path, start: str) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names if not name.startswith(start)}
+
+
+def read_weights(folder: Path, *, without: str = "") -> dict[str, Tensor]:
+    """All tensors of a folder as ``transformers`` writes it, in one file or in shards; without: see `read_tensors`.
 
     Raises WeightsError when there are none or a file can't be read.
     """
     if (folder / INDEX).is_file():
         names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        return {key: value for name in names for key, value in read_tensors(folder / name).items()}
+        read = (read_tensors(folder / name, without=without) for name in names)
+        return {key: value for part in read for key, value in part.items()}
     for name in (WEIGHTS, TORCH_WEIGHTS):
         if (folder / name).is_file():
-            return read_tensors(folder / name)
+            return read_tensors(folder / name, without=without)
     raise WeightsError(f"{folder}: no weights there, expected {WEIGHTS} or {TORCH_WEIGHTS}")
+
+
+def build(make: Callable[[], Network], tensors: Mapping[str, Tensor], *, where: str) -> Network:
+    """A network of which these tensors become the weights, in their own type, without a second copy; all or nothing.
+
+    make: gives the network; nothing is drawn or stored for the weights that it begins with. Raises WeightsError where
+    its sizes can't be, and as `assign` does.
+    """
+    try:
+        with torch.device("meta"):
+            network = make()
+        if _needs_more(network):
+            network = make()
+            assign(network, tensors, where=where)
+            return network
+    except ConfigError as error:
+        raise WeightsError(f"{where}: {error}") from error
+    _check_fit(network, tensors, where)
+    own = {name: value if value.is_floating_point() else value.float() for name, value in tensors.items()}
+    network.load_state_dict({name: value.contiguous() for name, value in own.items()}, assign=True, strict=False)
+    return network
+
+
+def _needs_more(network: nn.Module) -> bool:
+    """Whether stored tensors don't make a network whole that stands on the meta device."""
+    weights = [value for _, value in network.named_parameters(remove_duplicate=False) if value.is_meta]
+    tied = len(weights) > len({id(value) for value in weights})  # one weight under two names
+    buffers = {name for name, value in network.named_buffers() if value.is_meta}
+    return tied or bool(buffers - network.state_dict().keys())
 
 
 def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
@@ -110,6 +157,13 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> 
 
     Raises one WeightsError that lists everything missing, unexpected or of the wrong shape.
     """
+    _check_fit(network, tensors, where)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            value.copy_(tensors[name])
+
+
+def _check_fit(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     own = network.state_dict()
     shapes = [
         f"{name} {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
@@ -122,9 +176,6 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> 
         unexpected=[name for name in tensors if name not in own],
         shapes=shapes,
     )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
 
 
 def save_model(

@@ -12,12 +12,13 @@ from vlm.errors import WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import CONFIG, INDEX, WEIGHTS, assign, read_json, read_weights
+from vlm.weights.files import CONFIG, INDEX, WEIGHTS, build, read_json, read_weights
 from vlm.weights.hf_parts import ACTS, FILTERS, read_preprocessor
 from vlm.weights.keymaps.clip import HF_LEFT_OUT, hf_clip_rules
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.rules import to_ours
 
+BLIP2_TYPES = ("blip-2", "instructblip", "blip_2_qformer")
 FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
 
 
@@ -54,14 +55,17 @@ def load_hf_folder(folder: Path, *, name: str = "") -> VisionLanguageModel:
         from vlm.weights.hf_blip import load_hf_blip
 
         return load_hf_blip(folder, settings, name or folder.name)
+    if family in BLIP2_TYPES:
+        from vlm.weights.hf_blip2 import load_hf_blip2
+
+        return load_hf_blip2(folder, settings, name or folder.name, llm=name)
     if family != "clip":
-        raise WeightsError(f"{name or folder}: model_type is {family!r}, expected 'clip', 'vilt' or 'blip'")
+        known = ("clip", "vilt", "blip", *BLIP2_TYPES)
+        raise WeightsError(f"{name or folder}: model_type is {family!r}, expected one of {', '.join(known)}")
     config = hf_clip_config(settings)
-    network = Clip(config)
     where = name or str(folder)
-    assign(
-        network, to_ours(read_weights(folder), hf_clip_rules(config), where=where, left_out=HF_LEFT_OUT), where=where
-    )
+    ours = to_ours(read_weights(folder), hf_clip_rules(config), where=where, left_out=HF_LEFT_OUT)
+    network = build(lambda: Clip(config), ours, where=where)
     return VisionLanguageModel(
         network, _tokenizer(folder, config), _transform(folder, config), name=name or folder.name, family="clip"
     )

@@ -19,7 +19,7 @@ from vlm.models.clip import Clip, ClipConfig
 from vlm.models.foreign import ForeignClip
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import assign, read_tensors
+from vlm.weights.files import assign, build, read_tensors
 from vlm.weights.keymaps.clip import OPEN_CLIP_LEFT_OUT, open_clip_rules
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.rules import to_ours
@@ -189,9 +189,9 @@ def _ours(
     found = infer_config(tensors, quick=quick, where=name, prefix=prefix)
     if config is not None:
         found = _with_heads(found, config)
-    network = Clip(found)
     rules = open_clip_rules(found, text_prefix=prefix)
-    assign(network, to_ours(tensors, rules, where=name, left_out=OPEN_CLIP_LEFT_OUT), where=name)
+    ours = to_ours(tensors, rules, where=name, left_out=OPEN_CLIP_LEFT_OUT)
+    network = build(lambda: Clip(found), ours, where=name)
     tokenizer: Tokenizer = clip_bpe(max_length=found.text.context_length)
     if transform is None:
         transform = ImageTransform(found.image.image_size, CLIP_MEAN, CLIP_STD, "crop")

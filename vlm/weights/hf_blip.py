@@ -10,23 +10,24 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import WeightsError
 from vlm.models.blip import Blip, BlipConfig
+from vlm.models.common_space import log_scale
 from vlm.models.transformer import TransformerConfig
-from vlm.models.vit import ViTConfig
 from vlm.models.vqa import Vqa, VqaConfig, med_answer_decoder
 from vlm.weights.blip import ADDED, find_heads, find_sharing, is_vqa, unfit, unfit_vqa
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
-    ACTS,
-    FILTERS,
     PREPROCESSOR,
+    activation,
     activation_name,
     bert_tokenizer,
-    read_preprocessor,
+    image_config,
+    image_settings,
     read_tokenizer,
-    square,
+    squashed,
+    squashing,
+    unfit_image,
 )
 from vlm.weights.keymaps.blip import LEFT_OUT, MARKS, hf_blip_rules, hf_vqa_rules, tied, vqa_tied
 from vlm.weights.layout import check_twins, unfit_pools
@@ -61,19 +62,15 @@ def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
     tensors = read_weights(folder)
     config = hf_blip_config(settings, tensors, where=where)
     kind = _kind(config)
-    try:
-        network: Any = kind.network(config)
-    except ConfigError as error:
-        raise WeightsError(f"{where}: {error}") from error
     twins = kind.twins(config)
     check_twins(tensors, twins, where=where)
     known = {key: value for key, value in tensors.items() if key not in twins}
     ours = to_ours(known, kind.rules(config), where=where, left_out=LEFT_OUT)
-    if "itc" in _heads(config):  # what only ranks has no temperature there
-        ours["log_scale"] = network.log_scale.detach()
-    assign(network, ours, where=where)
+    if isinstance(config, BlipConfig) and "itc" in config.heads:  # what only ranks has no temperature there
+        ours["log_scale"] = log_scale(config.logit_scale_init).detach()
+    network = build(lambda: kind.network(config), ours, where=where)
     tokenizer = read_tokenizer(folder, max_length=config.text.context_length, vocab_size=config.text.vocab_size)
-    transform = _transform(folder, config.image.image_size)
+    transform = squashed(folder, config.image.image_size)
     return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family=kind.family)
 
 
@@ -96,19 +93,11 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise WeightsError(f"{where}: not a BLIP's configuration ({str(error)[:300]})") from error
     image, text = theirs.vision_config, theirs.text_config
-    for part in (image, text):
-        if part.hidden_act not in ACTS:
-            raise WeightsError(f"{where}: hidden_act {part.hidden_act!r}: expected one of {', '.join(ACTS)}")
-    image_size, patch_size = (square(getattr(image, side), side, where) for side in ("image_size", "patch_size"))
-    view = ViTConfig(
-        image_size=image_size, patch_size=patch_size, width=image.hidden_size, layers=image.num_hidden_layers,
-        heads=image.num_attention_heads, mlp_width=image.intermediate_size,
-        activation=ACTS[image.hidden_act], norm_eps=image.layer_norm_eps,  # type: ignore[arg-type]
-    )  # fmt: skip
+    view, act = image_config(image, where=where), activation(text.hidden_act, where=where)
     words = TransformerConfig(
         vocab_size=text.vocab_size, context_length=text.max_position_embeddings, width=text.hidden_size,
         layers=text.num_hidden_layers, heads=text.num_attention_heads, mlp_width=text.intermediate_size,
-        activation=ACTS[text.hidden_act], norm_eps=text.layer_norm_eps,  # type: ignore[arg-type]
+        activation=act, norm_eps=text.layer_norm_eps,  # type: ignore[arg-type]
         cross_layers=tuple(range(text.num_hidden_layers)), cross_width=image.hidden_size,
     )  # fmt: skip
     dec, enc = text.bos_token_id, text.vocab_size - ADDED + 1
@@ -151,10 +140,7 @@ def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
             "it has no itm head": _heads(config) == ("itc",),
             "its text tower is pre-norm": config.text.norm != "post",
             "it has token types": bool(config.text.token_types),
-            "its image tower has a norm before the first layer": config.image.pre_norm,
-            f"its pictures are preprocessed by {model.transform.resize!r}, not squash": (
-                model.transform.resize != "squash"
-            ),
+            **unfit_image(config.image, model.transform),
             f"its tokenizer is {vocabulary!r}, not wordpiece": vocabulary != "wordpiece",
         }  # fmt: skip
 
@@ -167,7 +153,7 @@ def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
     def fill(target: Path) -> None:
         save_file({name: value.cpu() for name, value in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
         write_json(target / CONFIG, _hf_config(config))
-        write_json(target / PREPROCESSOR, _hf_preprocessor(model.transform))
+        write_json(target / PREPROCESSOR, squashing(model.transform))
         model.tokenizer.save(target)
         write_json(target / "tokenizer_config.json", bert_tokenizer(model.tokenizer))
 
@@ -179,30 +165,12 @@ def _heads(config: BlipConfig | VqaConfig) -> tuple[str, ...]:
     return ("vqa",) if isinstance(config, VqaConfig) else config.heads
 
 
-def _transform(folder: Path, side: int) -> ImageTransform:
-    settings = read_preprocessor(folder)
-    size = settings.get("size", {"height": side, "width": side})
-    if not isinstance(size, Mapping) or size.get("height") != size.get("width") or "height" not in size:
-        raise WeightsError(f"{folder}: pictures of size {size}, expected a square")
-    return ImageTransform(
-        size["height"],
-        tuple(settings.get("image_mean", CLIP_MEAN)),
-        tuple(settings.get("image_std", CLIP_STD)),
-        "squash",
-        FILTERS.get(settings.get("resample", 3), "bicubic"),  # type: ignore[arg-type]
-    )
-
-
 def _hf_config(config: BlipConfig | VqaConfig) -> dict[str, Any]:
     from transformers import BlipConfig as Theirs
 
-    image, text = config.image, config.text
+    text = config.text
     theirs = Theirs(
-        vision_config={
-            "hidden_size": image.width, "intermediate_size": image.mlp_width, "num_hidden_layers": image.layers,
-            "num_attention_heads": image.heads, "image_size": image.image_size, "patch_size": image.patch_size,
-            "hidden_act": activation_name(image.activation), "layer_norm_eps": image.norm_eps,
-        },
+        vision_config=image_settings(config.image),
         text_config={
             "vocab_size": text.vocab_size, "hidden_size": text.width, "intermediate_size": text.mlp_width,
             "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
@@ -214,13 +182,3 @@ def _hf_config(config: BlipConfig | VqaConfig) -> dict[str, Any]:
     names = [name for name, needed in ARCHITECTURES.items() if set(needed) <= set(_heads(config))]
     found: dict[str, Any] = theirs.to_dict()
     return found | {"architectures": names[-1:]}
-
-
-def _hf_preprocessor(transform: ImageTransform) -> dict[str, Any]:
-    side = transform.size
-    return {
-        "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_resize": True,
-        "size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": list(transform.mean), "image_std": list(transform.std), "do_convert_rgb": True,
-        "resample": {value: key for key, value in FILTERS.items()}[transform.interpolation],
-    }  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlm.data.tokenizers import Tokenizer, wordpiece
+from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform
 from vlm.errors import WeightsError
+from vlm.models.vit import ViTConfig
 from vlm.weights.files import read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -17,6 +20,49 @@ ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_t
 def activation_name(ours: str) -> str:
     """transformers' name of one of our activations."""
     return {value: key for key, value in reversed(ACTS.items())}[ours]
+
+
+def activation(theirs: str, *, where: str) -> str:
+    """Our name of one of transformers' activations. Raises WeightsError, with the known ones, for another."""
+    if theirs not in ACTS:
+        raise WeightsError(f"{where}: hidden_act {theirs!r}: expected one of {', '.join(ACTS)}")
+    return ACTS[theirs]
+
+
+def image_config(settings: Any, *, where: str) -> ViTConfig:
+    """Our settings for the ``vision_config`` of BLIP's kind. Raises WeightsError where our network has no such one."""
+    image_size, patch_size = (square(getattr(settings, side), side, where) for side in ("image_size", "patch_size"))
+    if not getattr(settings, "qkv_bias", True):
+        raise WeightsError(f"{where}: qkv_bias false: expected true")
+    return ViTConfig(
+        image_size=image_size, patch_size=patch_size, width=settings.hidden_size, layers=settings.num_hidden_layers,
+        heads=settings.num_attention_heads, mlp_width=settings.intermediate_size,
+        activation=activation(settings.hidden_act, where=where),  # type: ignore[arg-type]
+        norm_eps=settings.layer_norm_eps,
+    )  # fmt: skip
+
+
+def image_settings(config: ViTConfig) -> dict[str, Any]:
+    """The inverse of `image_config`."""
+    return {
+        "hidden_size": config.width, "intermediate_size": config.mlp_width, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "image_size": config.image_size, "patch_size": config.patch_size,
+        "hidden_act": activation_name(config.activation), "layer_norm_eps": config.norm_eps,
+    }  # fmt: skip
+
+
+def unfit_image(config: ViTConfig, transform: ImageTransform, *, near: bool = False) -> dict[str, bool]:
+    """Reasons why ``vision_config`` and BlipImageProcessor can't hold ours, and whether they are so.
+
+    near: whether the last norm's eps may become that of the others.
+    """
+    return {
+        "its image tower has a norm before the first layer": config.pre_norm,
+        f"its image tower's last norm has an eps of {config.final_norm_eps}, the others {config.norm_eps}": (
+            config.own_final_eps and not near
+        ),
+        f"its pictures are preprocessed by {transform.resize!r}, not squash": transform.resize != "squash",
+    }
 
 
 def square(value: Any, name: str, where: str) -> int:
@@ -56,4 +102,33 @@ def bert_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     return {
         "tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": tokenizer.max_length, **special,
+    }  # fmt: skip
+
+
+def squashed(folder: Path, side: int) -> ImageTransform:
+    """The preprocessing of a folder with BlipImageProcessor's settings, or with none: to a square of `side`.
+
+    Raises WeightsError where it isn't a square.
+    """
+    settings = read_preprocessor(folder)
+    size = settings.get("size", {"height": side, "width": side})
+    if not isinstance(size, Mapping) or size.get("height") != size.get("width") or "height" not in size:
+        raise WeightsError(f"{folder}: pictures of size {size}, expected a square")
+    return ImageTransform(
+        size["height"],
+        tuple(settings.get("image_mean", CLIP_MEAN)),
+        tuple(settings.get("image_std", CLIP_STD)),
+        "squash",
+        FILTERS.get(settings.get("resample", 3), "bicubic"),  # type: ignore[arg-type]
+    )
+
+
+def squashing(transform: ImageTransform) -> dict[str, Any]:
+    """The inverse of `squashed`: what preprocessor_config.json says."""
+    side = transform.size
+    return {
+        "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor", "do_resize": True,
+        "size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": list(transform.mean), "image_std": list(transform.std), "do_convert_rgb": True,
+        "resample": {value: key for key, value in FILTERS.items()}[transform.interpolation],
     }  # fmt: skip

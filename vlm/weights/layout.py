@@ -54,8 +54,10 @@ def has(tensors: Mapping[str, Any], *parts: str) -> bool:
     return all(any(name.startswith(f"{part}.") for name in tensors) for part in parts)
 
 
-def image_config(tensors: Mapping[str, Tensor], *, where: str) -> ViTConfig:
-    """The image encoder's sizes; its heads are 64 wide. Raises WeightsError naming what is missing or odd."""
+def image_config(
+    tensors: Mapping[str, Tensor], *, where: str, head_width: int = HEAD_WIDTH, final_norm_eps: float = 0.0
+) -> ViTConfig:
+    """The image encoder's sizes, and what they don't tell. Raises WeightsError naming what is missing or odd."""
     needed = [f"{IMAGE}.{end}" for end in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")]
     refuse(where, missing=[name for name in needed if name not in tensors])
     patch, places, hidden = (tensors[name].shape for name in needed)
@@ -65,7 +67,7 @@ def image_config(tensors: Mapping[str, Tensor], *, where: str) -> ViTConfig:
     blocks = {int(name.split(".")[2]) for name in tensors if name.startswith(f"{IMAGE}.blocks.")}
     return ViTConfig(
         image_size=side * patch[-1], patch_size=patch[-1], width=patch[0], layers=1 + max(blocks),
-        heads=heads(patch[0], where), mlp_width=hidden[0],
+        heads=heads(patch[0], where, head_width), mlp_width=hidden[0], final_norm_eps=final_norm_eps,
     )  # fmt: skip
 
 
@@ -89,11 +91,11 @@ def text_config(
     )  # fmt: skip
 
 
-def heads(width: int, where: str) -> int:
-    """How many heads of 64 a width has. Raises WeightsError where they don't fill it."""
-    if width % HEAD_WIDTH:
-        raise WeightsError(f"{where}: width {width}, expected a multiple of {HEAD_WIDTH}")
-    return width // HEAD_WIDTH
+def heads(width: int, where: str, head_width: int = HEAD_WIDTH) -> int:
+    """How many heads of this width a width has. Raises WeightsError where they don't fill it."""
+    if width % head_width:
+        raise WeightsError(f"{where}: width {width}, expected a multiple of {head_width}")
+    return width // head_width
 
 
 def unfit_towers(config: Any, *, types: bool) -> dict[str, bool]:
@@ -108,6 +110,7 @@ def unfit_towers(config: Any, *, types: bool) -> dict[str, bool]:
         "its activation isn't exact GELU": (text.activation, image.activation) != ("gelu", "gelu"),
         "its norm_eps aren't 1e-12 and 1e-6": (text.norm_eps, image.norm_eps) != (1e-12, 1e-6),
         "its image tower has a norm before the first layer": image.pre_norm,
+        "its image tower's last norm has an eps of its own": image.own_final_eps,
         f"its heads aren't {HEAD_WIDTH} wide": {text.width // text.heads, image.width // image.heads} != {HEAD_WIDTH},
     }
 

@@ -31,6 +31,8 @@ GGUF = ".gguf"
 FILES = ["*.json", "*.safetensors", "*.model"]
 LONGEST = 2048
 """Tokens that texts are cut at where nothing bounds them, as with T5."""
+WHOLE = {"blip-2": "Blip2ForConditionalGeneration", "instructblip": "InstructBlipForConditionalGeneration"}
+"""Classes that hold a language model beside the rest, by model type."""
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -208,10 +210,10 @@ def _read(folder: Path, name: str) -> nn.Module:
 
     try:
         config: Any = transformers.AutoConfig.from_pretrained(folder)
-        if config.model_type == "blip-2":
-            return transformers.Blip2ForConditionalGeneration.from_pretrained(folder, dtype="auto").language_model
         kind: Any = transformers.AutoModelForCausalLM
-        if config.is_encoder_decoder:
+        if config.model_type in WHOLE:
+            kind = getattr(transformers, WHOLE[config.model_type])
+        elif config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
         model, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -219,7 +221,7 @@ def _read(folder: Path, name: str) -> nn.Module:
     if told["missing_keys"]:
         listed = ", ".join(sorted(told["missing_keys"])[:5])
         raise WeightsError(f"language model {name}: {len(told['missing_keys'])} tensors are missing, {listed} first")
-    return model
+    return model.language_model if config.model_type in WHOLE else model
 
 
 def _special(folder: Path, name: str) -> dict[str, int]:

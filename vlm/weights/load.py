@@ -11,13 +11,13 @@ from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest
 from vlm.weights.families import family
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.files import CONFIG, WEIGHTS, assign, build, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
 ACCEPTED = (
-    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP repo id or "
-    "folder, open_clip:ARCH/TAG, open_clip:ARCH/FILE, or a checkpoint file of CLIP or of the official ALBEF or BLIP"
+    "a shipped name, a model or run folder of vlm, a Hugging Face CLIP, ViLT, BLIP or BLIP-2 repo id or folder, "
+    "open_clip:ARCH/TAG, open_clip:ARCH/FILE, or a checkpoint file of CLIP or of the official ALBEF, BLIP or BLIP-2"
 )
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -25,21 +25,24 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 def load(
     name_or_path: str | Path,
     *,
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
+    image: str | Path | None = None,
     llm: str = "",
 ) -> VisionLanguageModel:
     """Load a model, ready for use in eval mode.
 
-    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP, ViLT or BLIP
-    repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``, or a
-    file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's or BLIP's. device: a GPU when there is
-    one, if None. dtype: of the weights; fp32 if None. llm: where a stage-2 BLIP-2's language model is, if not where its
-    name says: the same one, by a hash of its weights. Raises WeightsError that says what was expected, and lists every
-    tensor that doesn't fit.
+    name_or_path: a shipped name (see `shipped`), a model or run folder of vlm, a Hugging Face CLIP, ViLT, BLIP or
+    BLIP-2 repo id or folder, ``open_clip:ARCH/TAG`` with one of open_clip's pretrained tags, ``open_clip:ARCH/FILE``,
+    or a file with OpenAI's or open_clip's CLIP weights, or the official ALBEF's, BLIP's or BLIP-2's. device: ``auto``
+    for a GPU when there is one. dtype: of the weights; fp32 if None. image: a file with the image encoder of an
+    official BLIP-2, which its own file leaves out; eva_vit_g.pth beside that one if None. llm: the language model of an
+    official stage-2 BLIP-2, whose file names none; or where that of a stage-2 model is, if not where its name says: the
+    same one, by a hash of its weights. Raises WeightsError that says what was expected, and lists every tensor that
+    doesn't fit.
     """
-    model = _found(str(name_or_path), llm)
-    if device is None:
+    model = _found(str(name_or_path), image, llm)
+    if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(device, dtype or torch.float32)
@@ -64,16 +67,21 @@ def load_folder(folder: Path, *, llm: str = "") -> VisionLanguageModel:
         transform = ImageTransform.from_dict(settings["transform"])
     except (KeyError, ValidationError, TypeError) as error:
         raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({error})") from error
-    with torch.device("meta"):
-        network = kind.network(config)
-    network.to_empty(device="cpu")
-    if kind.complete is not None:
+    tensors, where = model_tensors(folder), str(folder / WEIGHTS)
+    if kind.complete is None:
+        if llm:
+            raise WeightsError(
+                f"{folder}: a {stage} model speaks without a language model; llm is for stage 2 of BLIP-2"
+            )
+        network = build(lambda: kind.network(config), tensors, where=where)
+    else:
+        with torch.device("meta"):
+            network = kind.network(config)
+        network.to_empty(device="cpu")
         kind.complete(network, llm=llm)
-    elif llm:
-        raise WeightsError(f"{folder}: a {stage} model speaks without a language model; llm is for stage 2 of BLIP-2")
-    if hasattr(network, "adapt"):
-        network.adapt()  # type: ignore[operator]
-    assign(network, model_tensors(folder), where=str(folder / WEIGHTS))
+        if hasattr(network, "adapt"):
+            network.adapt()
+        assign(network, tensors, where=where)
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 
@@ -90,7 +98,9 @@ def run_model(run: Path) -> Path | None:
     return (chosen if chosen in steps else steps[-1]) / "model"
 
 
-def _found(name: str, llm: str) -> VisionLanguageModel:
+def _found(name: str, image: str | Path | None, llm: str) -> VisionLanguageModel:
+    if image is not None and Path(name).suffix not in CHECKPOINTS:
+        raise WeightsError(f"{name}: no checkpoint file, so image={str(image)!r} says nothing; leave it out")
     if name.startswith("open_clip:"):
         from vlm.weights.from_open_clip import load_open_clip
 
@@ -104,7 +114,7 @@ def _found(name: str, llm: str) -> VisionLanguageModel:
     if path.is_file() and path.suffix not in CHECKPOINTS:
         raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
-        return _from_checkpoint(path)
+        return _from_checkpoint(path, image, llm)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         from vlm.weights.from_hf import load_hub
 
@@ -125,13 +135,16 @@ def _from_folder(folder: Path, llm: str) -> VisionLanguageModel:
         return load_folder(folder, llm=llm)
     from vlm.weights.from_hf import load_hf_folder
 
+    if llm:
+        raise WeightsError(f"{folder}: a folder of transformers holds its language model; leave llm out")
     return load_hf_folder(folder)
 
 
-def _from_checkpoint(path: Path) -> VisionLanguageModel:
+def _from_checkpoint(path: Path, image: str | Path | None, llm: str) -> VisionLanguageModel:
     from vlm.weights.from_open_clip import load_checkpoint
     from vlm.weights.official import layout_of, load_official
 
     tensors = read_tensors(path)
-    load = load_checkpoint if layout_of(tensors) is None else load_official
-    return load(path, tensors=tensors)
+    if layout_of(tensors) is not None:
+        return load_official(path, tensors=tensors, image=image, llm=llm)
+    return load_checkpoint(path, tensors=tensors)

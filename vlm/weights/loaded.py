@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm.data.batch import Tokens
 from vlm.data.images import load_image
-from vlm.data.tokenizers import Tokenizer
+from vlm.data.tokenizers import Tokenizer, wordpiece
 from vlm.data.transforms import ImageTransform, pad_pictures
 from vlm.errors import ConfigError, DataError, MissingVerbError, VlmError, WeightsError
 from vlm.generate import Generated, GenerationConfig, generate
@@ -101,7 +101,9 @@ class VisionLanguageModel:
         network: Any = self.network
         if hasattr(network, "begin"):  # it speaks through a language model
             given = self.tokens([network.config.prompt] * len(pixels)) if prompt is None else prompt
-            return say(network, network.visual_prompt(pixels), given, config, tokenizer=self.tokenizer, draws=draws)
+            texts = [self.tokenizer.decode(row) for row in given["input_ids"].tolist()]
+            visual = self.visual_prompt(network.look(pixels), texts)
+            return say(network, visual, given, config, tokenizer=self.tokenizer, draws=draws)
         if not hasattr(network, "decode"):
             self._verb("generate")
         sizes = network.config
@@ -126,6 +128,20 @@ class VisionLanguageModel:
             lambda tokens, held: network.decode(tokens, image=held.image, cache=held.cache),
             state, prompt, config, end_id=self.tokenizer.end_id, pad_id=self.tokenizer.pad_id, draws=draws,
         )  # fmt: skip
+
+    def visual_prompt(self, states: Tensor, texts: Sequence[str]) -> Tensor:
+        """What a stage-2 BLIP-2's language model sees of an image before each of these texts: (B, Q, D).
+
+        states: (P, N, width) from the network's `look`; one image may serve all texts. An instructed Q-Former
+        (InstructBLIP) reads the text, in a vocabulary of its own: bert-base-uncased's.
+        """
+        network: Any = self.network
+        config = network.config.qformer
+        if config.instructed:
+            asked = wordpiece(max_length=config.text.context_length)(texts).to(self.device)
+            return network.read(states, asked)
+        found = network.read(states)
+        return found if len(found) == len(texts) else found.expand(len(texts), -1, -1)
 
     def __getattr__(self, name: str) -> Any:
         """Refuse the verbs of other stages, saying which stages have them."""

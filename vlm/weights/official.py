@@ -1,4 +1,4 @@
-"""Official checkpoints of ALBEF and BLIP, for use and to train on, in both directions."""
+"""Official checkpoints of ALBEF, BLIP and BLIP-2, for use and to train on, in both directions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from vlm.errors import WeightsError
 from vlm.files import write_file
 from vlm.weights.albef import ALBEF
 from vlm.weights.blip import BLIP, BLIP_VQA
-from vlm.weights.files import assign, read_tensors
+from vlm.weights.blip2 import BLIP2, with_image_encoder, without_types
+from vlm.weights.blip2_llm import BLIP2_LLM, check_llm_named, load_lavis_speaker, named_alike, projection_name
+from vlm.weights.files import build, read_tensors
 from vlm.weights.layout import IMAGE, Layout, check_twins
 from vlm.weights.loaded import VisionLanguageModel, exportable
 from vlm.weights.rules import refuse, to_ours, to_theirs
 
-LAYOUTS = (ALBEF, BLIP_VQA, BLIP)  # question answering first: its names are some of pre-training's
+LAYOUTS = (ALBEF, BLIP_VQA, BLIP, BLIP2, BLIP2_LLM)  # question answering first: its names are some of pre-training's
 TEMPERATURE = "temp"
 """Scalar; the inverse of our logit scale."""
 QUEUE = {"image": "image_queue", "text": "text_queue"}
@@ -61,30 +63,56 @@ def layout_of(tensors: Mapping[str, Any]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.knows(tensors)), None)
 
 
-def read_official(path: Path, *, tensors: Mapping[str, Tensor] | None = None, training: bool = False) -> Official:
+def read_official(
+    path: Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    training: bool = False,
+    image: Path | str | None = None,
+) -> Official:
     """Read an official checkpoint.
 
-    tensors: what the file holds, where it was read already. training: whether to take teacher and queue along.
-    Raises WeightsError that lists every tensor that doesn't fit, also where a part of teacher or queue is missing.
+    tensors: what the file holds, where it was read already. training: whether to take teacher and queue along. image:
+    see `vlm.weights.blip2.with_image_encoder`, for a BLIP-2. Raises WeightsError that lists every tensor that doesn't
+    fit, also where a part of teacher or queue is missing.
     """
     tensors, where = read_tensors(path) if tensors is None else tensors, str(path)
     layout = layout_of(tensors)
     if layout is None:
         raise WeightsError(
-            f"{where}: not an official ALBEF or BLIP checkpoint (no {IMAGE}.* beside text_encoder.* or "
-            "text_decoder.*); of another model give its folder"
+            f"{where}: not an official ALBEF, BLIP or BLIP-2 checkpoint (no {IMAGE}.* beside text_encoder.* or "
+            "text_decoder.*, no Qformer.bert.*); of another model give its folder"
         )
+    if layout in (BLIP2, BLIP2_LLM):
+        tensors = named_alike(with_image_encoder(tensors, path, image=image), where)
     config = layout.infer(tensors, where)
     network = _student(tensors, layout, config, where)
     taught = training and any(re.fullmatch(pattern, name) for pattern in layout.training for name in tensors)
     return Official(layout, config, network, _training(tensors, layout, config, network, where) if taught else None)
 
 
-def load_official(path: Path, *, name: str = "", tensors: Mapping[str, Tensor] | None = None) -> VisionLanguageModel:
-    """The model of an official checkpoint, without its teacher and queue; arguments and errors as `read_official`."""
-    found = read_official(path, tensors=tensors)
-    network: Any = found.layout.network(found.config)
-    assign(network, found.network, where=name or str(path))
+def load_official(
+    path: Path,
+    *,
+    name: str = "",
+    tensors: Mapping[str, Tensor] | None = None,
+    image: Path | str | None = None,
+    llm: str = "",
+) -> VisionLanguageModel:
+    """The model of an official checkpoint, without its teacher and queue.
+
+    llm: the language model of a stage-2 BLIP-2, see `vlm.weights.blip2_llm.load_lavis_speaker`. Other arguments and
+    errors as for `read_official`.
+    """
+    tensors = read_tensors(path) if tensors is None else tensors
+    if layout_of(tensors) is BLIP2_LLM:
+        check_llm_named(tensors, llm, where=name or str(path))  # before anything large is read
+    found = read_official(path, tensors=tensors, image=image)
+    if found.layout is BLIP2_LLM:
+        return load_lavis_speaker(found.config, found.network, llm, tensors=tensors, name=name or path.stem)
+    if llm:
+        raise WeightsError(f"{name or path}: {found.layout.title} speaks without a language model; leave llm out")
+    network = build(lambda: found.layout.network(found.config), found.network, where=name or str(path))
     tokenizer = wordpiece(max_length=found.config.text.context_length)
     if tokenizer.vocab_size > found.config.text.vocab_size:
         raise WeightsError(
@@ -108,11 +136,13 @@ def export_official(model: VisionLanguageModel, path: Path | str, *, training: T
     network: Any = exportable(
         model, nn.Module, f"an official {layout.title} checkpoint", lambda network: layout.unfit(network.config)
     )
-    ours, config = network.state_dict(), network.config
+    ours, config = without_types(network.state_dict()), network.config
     tensors = to_theirs(ours, layout.rules(config))
     if "log_scale" in ours:
         tensors[TEMPERATURE] = ours["log_scale"].neg().exp().reshape(())
     tensors |= _repeated(tensors, layout, config, "")
+    if layout is BLIP2_LLM:
+        tensors = {projection_name(key, network): value for key, value in tensors.items()}
     if training is not None:
         tensors |= to_theirs(training.teacher, layout.teacher_rules(config))
         tensors |= _repeated(tensors, layout, config, "_m")
@@ -156,11 +186,15 @@ def _training(
     if image.shape != text.shape or image.ndim != 2 or len(image) != config.embed_dim:
         found = f"{QUEUE['image']} {tuple(image.shape)}, {QUEUE['text']} {tuple(text.shape)}"
         refuse(where, shapes=[f"{found}, expected ({config.embed_dim}, Q) twice"])
-    return Training({**student, **teacher}, image.T.contiguous(), text.T.contiguous(), int(tensors[pointer]))
+    place, rows = tensors[pointer], image.shape[1]
+    if place.numel() != 1 or not 0 <= place.item() < rows:
+        raise WeightsError(f"{where}: {pointer} is {place.tolist()}, expected a row of the queue, 0 to {rows - 1}")
+    return Training({**student, **teacher}, image.T.contiguous(), text.T.contiguous(), int(place))
 
 
 def _repeated(tensors: Mapping[str, Tensor], layout: Layout, config: Any, suffix: str) -> dict[str, Tensor]:
     """What the official layout holds beside its weights: tied tensors once more, and numbered positions."""
     twins = {copy: tensors[kept] for copy, kept in layout.twins(config, suffix).items()}
-    numbers = torch.arange(config.text.context_length)[None]
+    text = config.qformer.text if hasattr(config, "qformer") else config.text
+    numbers = torch.arange(text.context_length)[None]
     return twins | dict.fromkeys(layout.positions(config, suffix), numbers)

@@ -12,6 +12,8 @@ from torch import Tensor
 from vlm.errors import WeightsError
 
 SHOWN = 10
+ZEROS = ""
+"""Stands among a rule's foreign names for a part without a tensor."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Rule:
     """Tensors that hold the same numbers: `ours`, joined along the first dimension, are `theirs`, joined.
 
     One name on both sides is a plain renaming. Shares say how long each name's part is against the others:
-    BERT's query, key and value, (1, 1, 1), are our q and kv, (1, 2).
+    BERT's query, key and value, (1, 1, 1), are our q and kv, (1, 2). `ZEROS` among `theirs` is a part that they don't
+    store and that is as good as zeros.
     """
 
     ours: tuple[str, ...]
@@ -66,20 +69,20 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """Rename, join and cut foreign tensors into ours.
 
-    left_out: patterns of names that are not needed, on purpose. Raises WeightsError that lists what is missing
-    and what no rule knows, or whose shape can't be cut as the rules say.
+    left_out: patterns of names that are not needed, on purpose. Raises one WeightsError that lists what is missing,
+    what no rule knows, and whose shape can't be cut as the rules say.
     """
     listed = list(rules)
-    wanted = [name for rule in listed for name in rule.theirs]
+    wanted = [name for rule in listed for name in rule.theirs if name != ZEROS]
     missing = [name for name in wanted if name not in tensors]
     skipped = [re.compile(pattern) for pattern in left_out]
     known = set(wanted)
     unexpected = [name for name in tensors if name not in known and not any(skip.fullmatch(name) for skip in skipped)]
-    refuse(where, missing=missing, unexpected=unexpected)
+    listed = [rule for rule in listed if set(rule.theirs).isdisjoint(missing)]
     out: dict[str, Tensor] = {}
     shapes = []
     for rule in listed:
-        parts = [tensors[name] for name in rule.theirs]
+        parts = _parts(tensors, rule.theirs)
         try:
             turned = [part.T for part in parts] if rule.transpose else parts
             out |= _cut(turned, rule.ours, rule.our_shares, rule.shape)
@@ -87,7 +90,7 @@ def to_ours(
             found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(rule.theirs, parts, strict=True))
             wanted_shape = f" {rule.shape}" if rule.shape else ""
             shapes.append(f"{found}, which can't become {', '.join(rule.ours)}{wanted_shape}")
-    refuse(where, shapes=shapes)
+    refuse(where, missing=missing, unexpected=unexpected, shapes=shapes)
     return out
 
 
@@ -96,7 +99,8 @@ def to_theirs(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str,
     out: dict[str, Tensor] = {}
     for rule in rules:
         found = _cut([tensors[name] for name in rule.ours], rule.theirs, rule.their_shares, rule.their_shape)
-        out |= {name: (part.T if rule.transpose else part).contiguous() for name, part in found.items()}
+        turned = {name: (part.T if rule.transpose else part).contiguous() for name, part in found.items()}
+        out |= {name: part for name, part in turned.items() if name != ZEROS}
     return out
 
 
@@ -118,13 +122,33 @@ def refuse(
         raise WeightsError(f"{where}: the tensors don't fit the network\n" + "\n".join(lines))
 
 
+def _parts(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    first = tensors[names[0]]
+    return [torch.zeros_like(first) if name == ZEROS else tensors[name] for name in names]
+
+
 def _cut(
     parts: Sequence[Tensor], names: Sequence[str], shares: Sequence[int], shape: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
     if len(parts) == 1 and len(names) == 1:
         return {names[0]: parts[0] if shape is None else parts[0].reshape(shape)}
-    whole = torch.cat(list(parts))
-    unit, left = divmod(len(whole), sum(shares))
+    if any(part.dim() == 0 for part in parts):
+        raise RuntimeError("a single number has no rows to cut")
+    rows = sum(len(part) for part in parts)
+    unit, left = divmod(rows, sum(shares))
     if left:
-        raise RuntimeError(f"{len(whole)} rows can't be cut into {sum(shares)} equal parts")
-    return dict(zip(names, whole.split([unit * share for share in shares]), strict=True))
+        raise RuntimeError(f"{rows} rows can't be cut into {sum(shares)} equal parts")
+    pieces = list(reversed(parts))
+    return {name: _first_rows(pieces, unit * share) for name, share in zip(names, shares, strict=True)}
+
+
+def _first_rows(pieces: list[Tensor], rows: int) -> Tensor:
+    """Take so many rows off the pieces, the first of which comes last; copied only where several are joined."""
+    taken: list[Tensor] = []
+    while rows or not taken:
+        piece = pieces.pop()
+        if len(piece) > rows:
+            pieces.append(piece[rows:])
+        taken.append(piece[:rows])
+        rows -= len(taken[-1])
+    return taken[0] if len(taken) == 1 else torch.cat(taken)

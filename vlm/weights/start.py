@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from vlm.data.tokenizers import load_tokenizer, wordpiece
 from vlm.errors import WeightsError
 from vlm.models.transformer import Transformer, TransformerConfig
+from vlm.weights.blip2 import BLIP2
+from vlm.weights.blip2_llm import BLIP2_LLM
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
+from vlm.weights.from_hf import BLIP2_TYPES
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import (
     FRESH,
@@ -27,9 +30,11 @@ from vlm.weights.keymaps.stages import (
     qformer_sources,
     text_layers,
 )
-from vlm.weights.official import Training, read_official
+from vlm.weights.official import Training, layout_of, read_official
+from vlm.weights.refit import refit
 from vlm.weights.rules import to_ours
 from vlm.weights.shipped import model_tensors, shipped_folder
+from vlm.weights.start_blip2 import Parts, check_alike, hf_parts, lavis_parts
 
 logger = logging.getLogger("vlm.weights")
 
@@ -45,7 +50,8 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
     Args:
         network: what begins.
         spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of vlm, a
-            shipped name or an official ALBEF or BLIP checkpoint file (every part that both have, each whole).
+            shipped name, an official ALBEF, BLIP or BLIP-2 checkpoint file, or a folder of one of transformers' BLIP-2
+            classes (every part that both have, each whole).
         training: whether a teacher is to go on with an official checkpoint's teacher and queue.
 
     Returns:
@@ -65,7 +71,7 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
     if not (folder / CONFIG).is_file():
         raise WeightsError(
             f"{spec}: nothing to start from; expected minilm, a BERT folder, a shipped name, "
-            "a model or run folder, or an official ALBEF or BLIP checkpoint"
+            "a model or run folder, transformers' BLIP-2, or an official ALBEF, BLIP or BLIP-2 checkpoint"
         )
     settings = read_json(folder / CONFIG)
     if "family" in settings:
@@ -73,13 +79,19 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
         start_parts(network, model_tensors(folder), where=str(folder), start_id=start_id)
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
+    elif settings.get("model_type") in BLIP2_TYPES:
+        _start_blip2(network, hf_parts(network, folder, settings), str(folder))
     else:
-        raise WeightsError(f"{spec}: model type {settings.get('model_type')!r} can't start a text tower; BERT can")
+        kind = settings.get("model_type")
+        raise WeightsError(f"{spec}: model type {kind!r} can't start a text tower or a Q-Former; BERT or BLIP-2 can")
     return None
 
 
 def _start_file(network: nn.Module, path: Path, training: bool) -> Training | None:
-    found = read_official(path, training=training)
+    tensors = read_tensors(path)
+    if layout_of(tensors) in (BLIP2, BLIP2_LLM):
+        return _start_blip2(network, lavis_parts(path, tensors), str(path))
+    found = read_official(path, tensors=tensors, training=training)
     start_parts(network, found.network, where=str(path), start_id=wordpiece().start_id)
     if found.training is None:
         return None
@@ -89,6 +101,13 @@ def _start_file(network: nn.Module, path: Path, training: bool) -> Training | No
         logger.info("%s: its teacher lacks parts of this network, whose copy teaches instead", path)
         return None
     return replace(found.training, teacher={name: teacher[name] for name in own})
+
+
+def _start_blip2(network: nn.Module, parts: Parts, where: str) -> None:
+    if not hasattr(network, "qformer"):
+        raise WeightsError(f"{where}: a BLIP-2 can't start a {type(network).__name__}, which has no Q-Former")
+    check_alike(network, parts, where)
+    start_parts(network, parts.tensors, where=where)
 
 
 def start_text(network: nn.Module, folder: Path) -> None:
@@ -136,14 +155,15 @@ def start_parts(network: nn.Module, given: Mapping[str, Tensor], *, where: str, 
 
     given: that network's tensors, in our names. The text tower's layers may differ in number, and its
     cross-attention begins afresh where there was none: see `vlm.weights.keymaps.stages`. start_id: of the text's
-    first token, as which [ENC] and [DEC] begin where they are new. Raises WeightsError when no tower is shared, or
-    a shared part has another shape.
+    first token, as which [ENC] and [DEC] begin where they are new. Image positions and the common space are fitted,
+    see `vlm.weights.refit`. Raises WeightsError when no tower is shared, or another shared part has another shape.
     """
     own = network.state_dict()
     if hasattr(network, "qformer"):
         tensors = _as_qformer(network, given, start_id, where)
     else:
         tensors = _as_med(network, given, start_id, where) if _is_med(network) else _as_ours(network, given, where)
+    tensors = refit(tensors, own, given=given, where=where)
     names = {name.split(".")[0] for name in tensors}
     parts = sorted({name.split(".")[0] for name in own} & names)
     if not set(parts) & set(TOWERS):

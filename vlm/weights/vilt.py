@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import WeightsError
 from vlm.models.vilt import HEADS, Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import CONFIG, WEIGHTS, assign, read_weights, write_json, write_model
+from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
     ACTS,
     FILTERS,
@@ -57,12 +57,9 @@ def load_hf_vilt(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
     tensors = _renamed(read_weights(folder))
     config = hf_vilt_config(settings, _heads(settings, tensors, where), where=where)
     prefix = "vilt." if any(key.startswith("vilt.") for key in tensors) else ""
-    try:
-        network = Vilt(config)
-    except ConfigError as error:
-        raise WeightsError(f"{where}: {error}") from error
     rules = hf_vilt_rules(config, prefix=prefix)
-    assign(network, to_ours(tensors, rules, where=where, left_out=HF_LEFT_OUT), where=where)
+    ours = to_ours(tensors, rules, where=where, left_out=HF_LEFT_OUT)
+    network = build(lambda: Vilt(config), ours, where=where)
     sizes = {"max_length": config.context_length, "vocab_size": config.vocab_size}
     tokenizer, transform = read_tokenizer(folder, **sizes), _transform(folder, config)
     return VisionLanguageModel(network, tokenizer, transform, name=name or folder.name, family="vilt")
@@ -113,6 +110,7 @@ def export_hf_vilt(model: VisionLanguageModel, folder: Path) -> Path:
     def unfit(network: Vilt) -> dict[str, bool]:
         return {
             "it has a norm before the first layer": network.config.image.pre_norm,
+            "its last norm has an eps of its own": network.config.image.own_final_eps,
             "it has a vqa and an nlvr2 head, which have one name there": {"vqa", "nlvr2"} <= set(network.config.heads),
             f"its pictures are preprocessed by {model.transform.resize!r}, not fit or squash": (
                 model.transform.resize not in ("fit", "squash")

@@ -87,7 +87,7 @@ def run_capfilt(
         _sweep(out)
         parts = _tune(config, out, here, sources, evaluation)
         units = find_units(sources, config.shard_samples)
-        job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, _device(how), how.workers)
+        job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, how.device, how.workers)
         _work(job, units, sources, how, progress)
         report = _report(job, units, sources)
         if new is None:
@@ -190,10 +190,6 @@ def _fingerprints(config: CapfiltConfig, sources: dict[str, Source]) -> dict[str
     if config.check:
         found["check"] = open_source(config.check).fingerprint()
     return found
-
-
-def _device(how: Execution) -> str | None:
-    return None if how.device == "auto" else how.device
 
 
 def _sweep(out: Path) -> None:

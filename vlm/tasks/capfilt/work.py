@@ -37,7 +37,7 @@ class Job:
     """Empty where no texts are written."""
     judge: str
     batch_size: int
-    device: str | None = None
+    device: str = "auto"
     workers: int = 0
 
 

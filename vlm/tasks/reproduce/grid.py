@@ -16,11 +16,14 @@ from vlm.files import write_text
 from vlm.tasks.metrics import mean_interval
 from vlm.train.config import load_config, named_config, to_yaml
 from vlm.train.distributed import ranks
+from vlm.train.environment import surroundings
 from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
 
 logger = logging.getLogger("vlm.reproduce")
 
 RESULT = "result.json"
+PLACE = "surroundings"
+"""Of a result: machine and package versions that it was made with. A table's file lists each once, by number."""
 Measure = Callable[[Path], dict[str, float]]
 """The folder of a finished run to its figures, shares from 0 to 1."""
 
@@ -90,7 +93,7 @@ def run_grid(
                 places = list(prepare(cell, seed)) if prepare is not None else []
                 _train(stage, run, [*settings, *places], device)
                 result = {"row": cell.row, "column": cell.column, "seed": seed, "settings": settings}
-                result |= {"recipe": whole, "figures": measure(run)}
+                result |= {"recipe": whole, "figures": measure(run), PLACE: surroundings()}
                 write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             found.append(result)
@@ -99,19 +102,44 @@ def run_grid(
     return found
 
 
+def table_values(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON values of a table's file, for `read_results`; results may have been made in several places."""
+    places: list[dict[str, Any]] = []
+    rows = []
+    for result in results:
+        place = result.get(PLACE)
+        if place is not None and place not in places:
+            places.append(place)
+        rows.append(result if place is None else result | {PLACE: places.index(place)})
+    return {PLACE: places, "results": rows}
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results in a file: one, or a list called ``results``. Raises DataError when it holds something else."""
+    """The results in a file: one, or a list called ``results``. Raises DataError when it holds something else.
+
+    In tables written before results knew their places, the place of the last call stands for all.
+    """
     kinds = {"row": str, "column": str, "seed": int, "settings": list, "figures": dict}
     try:
         values = json.loads(path.read_text("utf-8"))
         results = values.get("results", [values])
         wrong = [name for one in results for name, kind in kinds.items() if not isinstance(one[name], kind)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if "results" in values:
+            results = [_placed(one, values) for one in results]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: no results of runs in it ({error!r}); choose another file, or delete it") from error
     if wrong:
         raise DataError(f"{path}: {wrong[0]} of a result isn't a {kinds[wrong[0]].__name__}; delete the file")
     found: list[dict[str, Any]] = results
     return found
+
+
+def _placed(result: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """A result of a table with its place."""
+    if PLACE in result:
+        return result | {PLACE: table[PLACE][result[PLACE]]}
+    last = {name: table[name] for name in ("packages", "python", "machine") if name in table}
+    return result | ({PLACE: last} if last else {})
 
 
 def _digest(stage: str, recipe: Sequence[str], prepared: Sequence[str]) -> str:

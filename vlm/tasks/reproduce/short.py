@@ -35,7 +35,7 @@ def frozen(stage: str) -> tuple[str, ...]:
 
 def open_run(run: Path, device: str) -> tuple[VisionLanguageModel, Source]:
     """A run's model, and the held-out clip art that it is measured on."""
-    return load(run, device=None if device == "auto" else device), open_source(TEST)
+    return load(run, device=device), open_source(TEST)
 
 
 def retrieval_figures(model: VisionLanguageModel, source: Source) -> dict[str, float]:

@@ -19,12 +19,10 @@ def bert_rules(config: TransformerConfig, *, prefix: str = "") -> list[Rule]:
     rules = embedding_rules("", f"{prefix}embeddings.", types=bool(config.token_types))
     for i in range(config.layers):
         ours, theirs = f"layers.{i}", f"{prefix}encoder.layer.{i}"
-        rules += _self_attention(f"{ours}.self_attn.text", f"{ours}.self_norm", theirs)
-        rules += both(f"{ours}.mlp.text.up", f"{theirs}.intermediate.dense")
-        rules += both(f"{ours}.mlp.text.down", f"{theirs}.output.dense")
-        rules += both(f"{ours}.mlp_norm.text", f"{theirs}.output.LayerNorm")
+        rules += self_attention(f"{ours}.self_attn.text", f"{ours}.self_norm", theirs)
+        rules += feed_forward(ours, theirs)
         if i in config.cross_layers:
-            rules += _cross_attention(ours, f"{theirs}.crossattention")
+            rules += cross_attention(ours, f"{theirs}.crossattention")
     return rules
 
 
@@ -33,7 +31,7 @@ def route_rules(config: TransformerConfig, route: str, *, prefix: str = "") -> l
     return [
         rule
         for i in range(config.layers)
-        for rule in _self_attention(
+        for rule in self_attention(
             f"layers.{i}.self_attn.{route}", f"layers.{i}.route_norm.{route}", f"{prefix}encoder.layer.{i}"
         )
     ]
@@ -56,26 +54,39 @@ def mlm_head_rules(ours: str, theirs: str) -> list[Rule]:
     ]
 
 
-def _self_attention(ours: str, norm: str, theirs: str) -> list[Rule]:
+def self_attention(ours: str, norm: str, theirs: str, *, inner: str = "self") -> list[Rule]:
+    """Rules for the self-attention of a layer `theirs` and the norm behind it; inner: their name of its projections."""
     attention = f"{theirs}.attention"
     return [
-        *split_attention(ours, [f"{attention}.self.{name}" for name in ("query", "key", "value")]),
+        *split_attention(ours, [f"{attention}.{inner}.{name}" for name in ("query", "key", "value")]),
         *both(f"{ours}.out", f"{attention}.output.dense"),
         *both(norm, f"{attention}.output.LayerNorm"),
     ]
 
 
-def _cross_attention(ours: str, theirs: str) -> list[Rule]:
-    """Our kv is their key and value; the query has another width, so it stands alone."""
+def cross_attention(ours: str, theirs: str, *, inner: str = "self") -> list[Rule]:
+    """Rules for what our layer looks at images with; inner as in `self_attention`.
+
+    Our kv is their key and value; the query has another width, so it stands alone.
+    """
     rules = [
-        *both(f"{ours}.cross_attn.q", f"{theirs}.self.query"),
+        *both(f"{ours}.cross_attn.q", f"{theirs}.{inner}.query"),
         *both(f"{ours}.cross_attn.out", f"{theirs}.output.dense"),
         *both(f"{ours}.cross_norm", f"{theirs}.output.LayerNorm"),
     ]
     for end in ("weight", "bias"):
-        kv = tuple(f"{theirs}.self.{name}.{end}" for name in ("key", "value"))
+        kv = tuple(f"{theirs}.{inner}.{name}.{end}" for name in ("key", "value"))
         rules.append(Rule((f"{ours}.cross_attn.kv.{end}",), kv, (1,), (1, 1)))
     return rules
+
+
+def feed_forward(ours: str, theirs: str, *, route: str = "text", end: str = "") -> list[Rule]:
+    """Rules for a route's feed-forward of a layer and the norm behind it; end: stands behind their parts' names."""
+    return [
+        *both(f"{ours}.mlp.{route}.up", f"{theirs}.intermediate{end}.dense"),
+        *both(f"{ours}.mlp.{route}.down", f"{theirs}.output{end}.dense"),
+        *both(f"{ours}.mlp_norm.{route}", f"{theirs}.output{end}.LayerNorm"),
+    ]
 
 
 def embedding_rules(ours: str, theirs: str, *, types: bool = True) -> list[Rule]:

@@ -37,7 +37,7 @@ def blip_rules(config: BlipConfig) -> list[Rule]:
 
 def hf_blip_rules(config: BlipConfig) -> list[Rule]:
     """Rules for transformers' classes, all heads side by side; none has a temperature."""
-    return [*_hf_image(config.image), *_text_rules(config)]
+    return [*hf_image_rules(config.image), *_text_rules(config)]
 
 
 def teacher_rules(config: BlipConfig) -> list[Rule]:
@@ -57,7 +57,7 @@ def vqa_rules(config: VqaConfig) -> list[Rule]:
 
 def hf_vqa_rules(config: VqaConfig) -> list[Rule]:
     """Rules for transformers' BlipForQuestionAnswering."""
-    return [*_hf_image(config.image), *_vqa_text(config)]
+    return [*hf_image_rules(config.image), *_vqa_text(config)]
 
 
 def vqa_tied(config: VqaConfig) -> dict[str, str]:
@@ -115,7 +115,8 @@ def _text_rules(config: BlipConfig) -> list[Rule]:
     return rules
 
 
-def _hf_image(config: ViTConfig) -> list[Rule]:
+def hf_image_rules(config: ViTConfig) -> list[Rule]:
+    """Rules for transformers' image encoder of BLIP, BLIP-2 and InstructBLIP."""
     embeddings = "vision_model.embeddings"
     return [
         same("image.trunk.cls_token", f"{embeddings}.class_embedding"),
