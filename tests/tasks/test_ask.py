@@ -90,7 +90,8 @@ def test_turns_see_those_before_and_stream_what_they_say() -> None:
     assert alone.say(QUESTIONS[0]) == first
     prompts = Prompts()
     asked = model().tokens([prompts.ask(QUESTIONS[1], [(QUESTIONS[0], first)])])
-    found = say(model().network, alone._visual, asked, chat.config, tokenizer=model().tokenizer)
+    visual = model().network.visual_prompt(model().pixels(noise(1)[0]))  # type: ignore[operator]
+    found = say(model().network, visual, asked, chat.config, tokenizer=model().tokenizer)
     assert model().tokenizer.decode(found.ids[0, 0].tolist()).split("Question")[0].strip() == second
     assert chat.turns == [(QUESTIONS[0], first), (QUESTIONS[1], second)]
 
