@@ -16,7 +16,7 @@ from tests.tasks.test_ask import model as speaker
 def talker(tmp_path: Path) -> list[str]:
     """Options that name a model and where its language model is."""
     speaker().save(tmp_path / "talker")
-    return ["--model", str(tmp_path / "talker"), "--llm", str(llm_folder(tmp_path / "llm", seed=9))]
+    return ["--model", str(tmp_path / "talker"), "--llm", str(llm_folder(tmp_path / "llm"))]
 
 
 def test_each_question_has_its_line(run: Run, pictures: Path, talker: list[str]) -> None:
@@ -43,8 +43,6 @@ def test_chat_answers_until_an_empty_line(
 def test_refusals(run: Run, pictures: Path, talker: list[str], model: str, tmp_path: Path) -> None:
     other = run("ask", pictures / "red.png", "what ?", "--model", model)
     assert other.code == 2 and "answers no questions" in other.err
-    moved = run("ask", pictures / "red.png", "what ?", *talker[:2])
-    assert (moved.code == 2 and "trained with" in moved.err) or "width" in moved.err or "isn't installed" in moved.err
     gone = run("ask", tmp_path / "none.png", "what ?", *talker)
     assert gone.code == 2 and "none.png" in gone.err
     beams = run("chat", pictures / "red.png", *talker, "--strategy", "beam")

@@ -4,7 +4,6 @@ import os
 import pickle
 import stat
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ from vlm.errors import MissingVerbError, WeightsError
 from vlm.models.clip import Clip, ClipConfig
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViTConfig
-from vlm.weights.files import Base, read_tensors, save_model, with_shared, without_shared
-from vlm.weights.loaded import VisionLanguageModel
-from vlm.weights.shipped import base_of, model_tensors
+from vlm.weights.files import build, read_tensors, save_model
 from vlm.weights.start import start_from
 
 TEXT = TransformerConfig(vocab_size=30522, context_length=24, width=32, layers=2, heads=4, mlp_width=48, token_types=2)
@@ -263,88 +260,36 @@ def test_minilm_not_installed(monkeypatch):
         start_from(Clip(CONFIG), "minilm")
 
 
-def test_a_folder_that_leaves_out_what_its_base_holds(tmp_path, monkeypatch):
-    """Frozen parts and the first rows of a longer vocabulary are stored once, with the base."""
-    monkeypatch.setattr("vlm.weights.shipped._assets", lambda: tmp_path)
-    transform, words = ImageTransform(24), wordpiece()
-    base = scrambled(Clip(CONFIG))
-    save_model(base, words, transform, tmp_path / "first", name="first", dtype=torch.float16)
-    longer = replace(CONFIG, text=replace(TEXT, vocab_size=30524))
-    network = Clip(longer)
-    state = vlm.load("first").network.state_dict()
-    state["text.tokens.weight"] = torch.cat([state["text.tokens.weight"], torch.ones(2, 32)])
-    state["image_projection.weight"] = state["image_projection.weight"] + 1
-    network.load_state_dict(state)
-    model = VisionLanguageModel(network, words, transform, name="second", family="clip")
-    model.save(tmp_path / "second", dtype=torch.float16, base="first")
-    stored = load_file(tmp_path / "second" / "model.safetensors")
-    assert {name: tuple(value.shape) for name, value in stored.items()} == {
-        "text.tokens.weight@rows": (2, 32),
-        "image_projection.weight": (16, 48),
-    }
-    found = vlm.load(tmp_path / "second").network.state_dict()
-    assert all(torch.equal(found[name], value.half().float()) for name, value in state.items())
-    assert set(found) == set(state)
-    started = Clip(longer)
-    start_from(started, str(tmp_path / "second"))
-    assert torch.equal(started.image_projection.weight, found["image_projection.weight"])
-    with pytest.raises(WeightsError, match=r"base: no shipped model 'frist' \(did you mean 'first'"):
-        model.save(tmp_path / "third", base="frist")
-    model.network = Clip(replace(longer, text=replace(longer.text, layers=1)))
-    with pytest.raises(WeightsError, match=r"base first: this model has no text\.layers\.1\."):
-        model.save(tmp_path / "third", base="first")
-    with pytest.raises(WeightsError, match="base: second is kept as a part of another model itself"):
-        model.save(tmp_path / "third", base="second")
-    save_model(scrambled(Clip(CONFIG)), words, transform, tmp_path / "first", name="first", dtype=torch.bfloat16)
-    with pytest.raises(WeightsError, match=r"second: was kept as a part of first with the SHA-256 .*shipped here has"):
-        vlm.load(tmp_path / "second")
-    (tmp_path / "first" / "config.json").unlink()
-    with pytest.raises(WeightsError, match=r"second.config\.json: no shipped model 'first'"):
-        vlm.load(tmp_path / "second")
+class Odd(torch.nn.Module):
+    """A weight that may have two names, and numbers that aren't stored."""
+
+    def __init__(self, *, tied=False, numbered=False):
+        super().__init__()
+        self.one = torch.nn.Linear(3, 3, bias=False)
+        self.two = torch.nn.Linear(3, 3, bias=False)
+        if tied:
+            self.two.weight = self.one.weight
+        if numbered:
+            self.register_buffer("numbers", torch.arange(4) + 0.5, persistent=False)
 
 
-def test_a_part_alone_can_be_left_out(tmp_path, monkeypatch):
-    """Such as a frozen image encoder, in a model without the base's text tower."""
-    monkeypatch.setattr("vlm.weights.shipped._assets", lambda: tmp_path)
-    transform, words = ImageTransform(24), wordpiece()
-    save_model(scrambled(Clip(CONFIG)), words, transform, tmp_path / "first", name="first")
-    base = base_of("first", where="base")
-    image = {name: value for name, value in base.tensors.items() if name.startswith("image.")}
-    model = SimpleNamespace(config=CONFIG, state_dict=lambda: image | {"queries": torch.ones(2)})
-    save_model(model, words, transform, tmp_path / "second", name="second", base=base)
-    assert set(load_file(tmp_path / "second" / "model.safetensors")) == {"queries"}
-    found = model_tensors(tmp_path / "second")
-    assert found.keys() == model.state_dict().keys() and all(torch.equal(found[n], image[n]) for n in image)
-    alone = SimpleNamespace(config=CONFIG, state_dict=lambda: {"queries": torch.ones(2)})
-    with pytest.raises(WeightsError, match="base first: this model has no part of it, such as image"):
-        save_model(alone, words, transform, tmp_path / "third", name="third", base=base)
+@pytest.mark.parametrize("shape", [{}, {"tied": True}, {"numbered": True}])
+def test_given_tensors_become_the_weights(shape):
+    tensors = {"one.weight": torch.randn(3, 3, dtype=torch.float64), "two.weight": torch.randn(3, 3).T}
+    if shape.get("tied"):
+        tensors["two.weight"] = tensors["one.weight"]
+    found = build(lambda: Odd(**shape), tensors, where="x")
+    assert all(torch.equal(value, tensors[name].to(value.dtype)) for name, value in found.state_dict().items())
+    assert all(value.requires_grad and value.is_contiguous() for value in found.parameters())
+    assert (found.one.weight is found.two.weight) == bool(shape.get("tied"))
+    if not shape:  # nothing was copied
+        assert found.one.weight.data_ptr() == tensors["one.weight"].data_ptr()
+    assert [value.tolist() for value in found.buffers()] == ([[0.5, 1.5, 2.5, 3.5]] if shape.get("numbered") else [])
 
 
-def test_what_is_left_out_comes_back():
-    """Only equal tensors of one type are shared; a shorter one, or one of another type, is stored whole."""
-    generator = torch.Generator().manual_seed(0)
-    old = {name: torch.randn(4, 3, generator=generator) for name in ("same", "longer", "shorter", "half", "other")}
-    base = Base("base", old | {"scalar": torch.tensor(1.0)}, "")
-    new = {
-        "same": old["same"].clone(), "longer": torch.cat([old["longer"], torch.ones(2, 3)]),
-        "shorter": old["shorter"][:3].clone(), "half": old["half"].half(), "other": old["other"] + 1,
-        "scalar": torch.tensor(1.0), "new": torch.ones(1),
-    }  # fmt: skip
-    stored = without_shared(new, base)
-    assert set(stored) == {"longer@rows", "shorter", "half", "other", "scalar", "new"}
-    found = with_shared(stored, base, where="here")
-    assert set(found) == set(new)
-    assert all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in new.items())
-    for wrong in (torch.ones(2, 5), torch.ones(2, 3).half()):
-        with pytest.raises(WeightsError, match="here: same@rows continues a tensor that base doesn't hold"):
-            with_shared({"same@rows": wrong}, base, where="here")
-    with pytest.raises(WeightsError, match="here: no@rows continues"):
-        with_shared({"no@rows": torch.ones(2, 3)}, base, where="here")
-
-
-def test_shipped_albef_stands_on_the_shipped_clip():
-    """Its base is the tiny-clip of this checkout; a tower that was trained on is its own."""
-    clip, albef = (vlm.load(name, device="cpu").network.state_dict() for name in ("tiny-clip", "tiny-albef"))
-    assert torch.equal(clip["text.tokens.weight"], albef["text.tokens.weight"])
-    assert not torch.equal(clip["image_projection.weight"], albef["image_projection.weight"])
-    assert all(value.isfinite().all() for value in albef.values())
+@pytest.mark.parametrize("numbered", [False, True])
+def test_tensors_that_don_t_fit_are_refused_with_the_sizes_that_can_t_be(numbered):
+    with pytest.raises(WeightsError, match=r"x: .*\n.*1 missing: two\.weight\n.*1 unexpected: three"):
+        build(lambda: Odd(numbered=numbered), {"one.weight": torch.ones(3, 3), "three": torch.ones(1)}, where="x")
+    with pytest.raises(WeightsError, match="x: width 48 is not a multiple of heads 5"):
+        build(lambda: Clip(replace(CONFIG, image=replace(CONFIG.image, heads=5))), {}, where="x")

@@ -250,7 +250,7 @@ def _load_frozen(network: nn.Module, file: Path) -> None:
     lacking = sorted(wanted - set(held))
     if lacking:
         raise TrainingError(f"{file}: {len(lacking)} frozen tensors are missing, {lacking[0]} first")
-    chosen = {name: held[name] for name in wanted}
+    chosen: dict[str, Any] = {name: held[name] for name in wanted}
     set_model_state_dict(network, chosen, options=StateDictOptions(full_state_dict=True, strict=False))
 
 

@@ -33,6 +33,8 @@ BASE = "base"
 model has some of its parts alone."""
 MORE_ROWS = "@rows"
 """Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
+LIKE = "@rows of "
+"""Likewise, but the rows before are those of a tensor that the base has under another name, which follows."""
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -209,7 +211,7 @@ def save_model(
     }
     if base is not None:
         parts = shared_parts(tensors, base)
-        tensors = without_shared(tensors, base.only(parts))
+        tensors = without_shared(tensors, base.only(parts), whole=base)
         whole = parts == {name.split(".")[0] for name in base.tensors}
         config[BASE] = {"name": base.name, "sha256": base.sha256} | ({} if whole else {"parts": sorted(parts)})
 
@@ -235,36 +237,47 @@ def shared_parts(tensors: Mapping[str, Tensor], base: Base) -> set[str]:
     return found
 
 
-def without_shared(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+def without_shared(tensors: Mapping[str, Tensor], base: Base, *, whole: Base | None = None) -> dict[str, Tensor]:
     """What of a model's tensors isn't also in its base: of one name and type, bit for bit.
 
-    A tensor that goes on with further rows is stored as those. Raises WeightsError when the base holds a tensor that
-    the model lacks.
+    A tensor that goes on with further rows is stored as those. whole: where a matrix that the base hasn't got is looked
+    for under other names, such as the words of a decoder. Raises WeightsError when the base holds a tensor that the
+    model lacks.
     """
     lacking = [name for name in base.tensors if name not in tensors]
     if lacking:
         raise WeightsError(f"base {base.name}: this model has no {', '.join(lacking[:5])}, so it can't be a part of it")
     found = {}
     for name, value in tensors.items():
-        old = base.tensors.get(name)
-        alike = old is not None and old.dtype == value.dtype and old.shape[1:] == value.shape[1:] and old.dim() > 0
-        if old is None or not alike or not torch.equal(old, value[: len(old)]):
+        old, stored = base.tensors.get(name), name + MORE_ROWS
+        if old is None and whole is not None and value.dim() > 1:
+            other = next((n for n, o in whole.tensors.items() if o.dim() > 1 and _goes_on(value, o)), "")
+            old, stored = whole.tensors.get(other), f"{name}{LIKE}{other}"
+        if old is None or not _goes_on(value, old):
             found[name] = value
-        elif len(old) < len(value):
-            found[name + MORE_ROWS] = value[len(old) :].clone()
+        elif name not in base.tensors or len(old) < len(value):
+            found[stored] = value[len(old) :].clone()
     return found
 
 
-def with_shared(tensors: Mapping[str, Tensor], base: Base, *, where: str) -> dict[str, Tensor]:
+def _goes_on(value: Tensor, old: Tensor) -> bool:
+    """Whether the rows of a tensor are those of another one, and maybe more."""
+    alike = old.dtype == value.dtype and old.shape[1:] == value.shape[1:] and old.dim() > 0
+    return alike and torch.equal(old, value[: len(old)])
+
+
+def with_shared(
+    tensors: Mapping[str, Tensor], base: Base, *, where: str, whole: Base | None = None
+) -> dict[str, Tensor]:
     """The inverse of `without_shared`. Raises WeightsError when the base doesn't hold what is left out."""
     found = dict(base.tensors)
     for name, value in tensors.items():
-        plain = name.removesuffix(MORE_ROWS)
+        plain, like, other = name.removesuffix(MORE_ROWS).partition(LIKE)
         if plain != name:
-            old = found.get(plain)
+            old = (whole or base).tensors.get(other) if like else base.tensors.get(plain)
             if old is None or old.shape[1:] != value.shape[1:] or old.dtype != value.dtype:
                 raise WeightsError(f"{where}: {name} continues a tensor that {base.name} doesn't hold in that shape")
-            value = torch.cat([found[plain], value])
+            value = torch.cat([old, value])
         found[plain] = value
     return found
 

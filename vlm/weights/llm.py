@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,9 @@ def _convert(file: Path, folder: Path) -> None:
     logger.info("converting %s into %s, once%s", file.name, folder.parent, ADVICE)
     given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(**given)
-        model: Any = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
+        with _quiet():
+            tokenizer: Any = AutoTokenizer.from_pretrained(**given)
+            model: Any = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)
     except Exception as error:  # whatever a damaged file makes of the reader
         raise WeightsError(f"{file}: can't be read as GGUF ({str(error)[:300]})") from error
     tensors, kept = narrowed(_own(model))
@@ -183,6 +185,7 @@ def _convert(file: Path, folder: Path) -> None:
         settings[f"{name}_token_id"] = getattr(tokenizer, f"{name}_token_id")
     type(model.config).from_dict(settings).save_pretrained(folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
     (folder / VOCABULARY).write_text(tokenizer.backend_tokenizer.to_str(), "utf-8")
 
 
@@ -196,11 +199,23 @@ def narrowed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.dt
 
 def _own(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that are stored, a tied one once, by its first name."""
-    return {
-        name: tensor.detach()
-        for name, tensor in [*network.named_parameters(), *network.named_buffers()]
-        if name in network.state_dict(keep_vars=True)
-    }
+    stored = network.state_dict(keep_vars=True).keys()
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return {name: tensor.detach() for name, tensor in tensors if name in stored}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of ``transformers``."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _read(folder: Path, name: str) -> nn.Module:
@@ -214,7 +229,8 @@ def _read(folder: Path, name: str) -> nn.Module:
             kind = getattr(transformers, WHOLE[config.model_type])
         elif config.is_encoder_decoder:
             kind = transformers.AutoModelForSeq2SeqLM
-        model, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        with _quiet():
+            model, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise WeightsError(f"language model {name}: can't be read ({str(error)[:300]})") from error
     if told["missing_keys"]:

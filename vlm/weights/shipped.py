@@ -68,9 +68,8 @@ def model_tensors(folder: Path) -> dict[str, Tensor]:
             f"{folder}: was kept as a part of {base.name} with the SHA-256 {given['sha256'][:16]}..., but the one "
             f"shipped here has {base.sha256[:16]}...; use the version of vlm that it was written with"
         )
-    if "parts" in given:
-        base = base.only(given["parts"])
-    return with_shared(tensors, base, where=str(folder / WEIGHTS))
+    own = base.only(given["parts"]) if "parts" in given else base
+    return with_shared(tensors, own, where=str(folder / WEIGHTS), whole=base)
 
 
 def _assets() -> Path:

@@ -90,7 +90,8 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
 def _start_file(network: nn.Module, path: Path, training: bool) -> Training | None:
     tensors = read_tensors(path)
     if layout_of(tensors) in (BLIP2, BLIP2_LLM):
-        return _start_blip2(network, lavis_parts(path, tensors), str(path))
+        _start_blip2(network, lavis_parts(path, tensors), str(path))
+        return None
     found = read_official(path, tensors=tensors, training=training)
     start_parts(network, found.network, where=str(path), start_id=wordpiece().start_id)
     if found.training is None:
