@@ -84,7 +84,15 @@ def test_calls_of_the_service_run(tmp_path: Path) -> None:
 
 
 RESULTS = [
-    *("pointing-tiny-clip", "pointing-tiny-albef", "rerank-base-cpu", "rerank-tiny-cpu", "stages"),
+    *(
+        "pointing-tiny-clip",
+        "pointing-tiny-albef",
+        "pointing-tiny-vilt",
+        "captions-tiny-blip",
+        "rerank-base-cpu",
+        "rerank-tiny-cpu",
+        "stages",
+    ),
     *("generate-base-cpu", "capfilt-base-cpu"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
@@ -118,7 +126,11 @@ def test_card_quotes_the_same_figures() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "benchmarks/README.md", *(f"vlm/assets/{name}/README.md" for name in ("tiny-clip", "tiny-albef"))],
+    [
+        "README.md",
+        "benchmarks/README.md",
+        *(f"vlm/assets/{name}/README.md" for name in ("tiny-clip", "tiny-albef", "tiny-blip")),
+    ],
 )
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document

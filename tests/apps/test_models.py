@@ -159,6 +159,9 @@ def test_demo(run: Run, model: str, examples: Path) -> None:
         after = done.out.split(str(examples / f"{number}.png"))[1].splitlines()[1]
         assert after.strip().startswith(best.label) and f"{100 * best.score:.1f} %" in after
     assert "3 pictures" in done.out and "4 labels" in done.out
+    said = done.out.split("tiny-blip says what they show:")[1]
+    for number, caption in enumerate(vlm.Captioner("tiny-blip").caption([examples / f"{n}.png" for n in range(3)])):
+        assert f"{examples / f'{number}.png'}\n  {caption}\n" in said
 
 
 def test_demo_of_own_pictures_needs_no_data(
@@ -176,6 +179,7 @@ def test_demo_reports_what_it_cannot_read(run: Run, model: str, examples: Path) 
     (examples / "3.png").write_bytes(b"x")
     done = run("demo", "--model", model)
     assert done.code == 1 and "3.png" in done.err and "1 of 4" in done.err
+    assert done.out.count("2.png") == 2 and "3.png" not in done.out, "all others are classified and captioned"
     assert run("demo", examples / "3.png", "--model", model).code == 2
 
 

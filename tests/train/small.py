@@ -135,7 +135,7 @@ def in_rank(rank: int, count: int, port: int, task, arguments: tuple) -> None:
 PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "tests.train.small_pairs", "vlm.train.run"]
 
 
-def spawn(task, *arguments, count: int = 2, seconds: float = 300) -> None:
+def spawn(task, *arguments, count: int = 2, seconds: float = 600) -> None:
     """Run `task(here, *arguments)` on `count` gloo ranks, which are killed when one fails or time is up.
 
     They fork from a server that has imported already what takes longer than most tasks.

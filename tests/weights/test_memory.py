@@ -64,7 +64,8 @@ def model(network: torch.nn.Module, family: str, tokenizer: Tokenizer, resize: s
 def bytes_of(model: VisionLanguageModel, *, twice: bool = False) -> int:
     """Of the weights. twice: with the words, which the file holds once more, to be compared."""
     sizes = {name: value.numel() * value.element_size() for name, value in model.network.named_parameters()}
-    return sum(sizes.values()) + (sizes["text.tokens.weight"] if twice else 0)
+    words = sum(size for name, size in sizes.items() if name.endswith("tokens.weight"))
+    return sum(sizes.values()) + twice * words
 
 
 def write_models(folder: Path) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.apps.common import DEFAULT_MODEL, Device, LabelsFile, Model, check_output, load_model
+from vlm.apps.common import DEFAULT_CAPTIONER, DEFAULT_MODEL, Device, LabelsFile, Model, check_output, load_model
 
 
 def models() -> None:
@@ -89,12 +89,14 @@ def demo(
     pictures: Annotated[list[str] | None, typer.Argument(help="Pictures; the repository's examples if none.")] = None,
     labels_file: LabelsFile = None,
     model: Model = DEFAULT_MODEL,
+    captioner: Annotated[str, typer.Option(help="What says of each picture what it shows.")] = DEFAULT_CAPTIONER,
     device: Device = "cpu",
 ) -> None:
-    """Classify the repository's example pictures, zero-shot, with the model that ships."""
+    """Classify the repository's example pictures, zero-shot, and caption them, with the models that ship."""
     from vlm.apps.classify import as_table, finish, predictions
     from vlm.apps.common import find_pictures, read_lines, write_text
     from vlm.data.sources import data_dir
+    from vlm.tasks.caption import Captioner
     from vlm.tasks.zero_shot import ZeroShotClassifier
 
     labels = read_lines(labels_file or data_dir() / "examples" / "labels.txt", "labels")
@@ -105,5 +107,11 @@ def demo(
     failed: list[str] = []
     for part in as_table(predictions(classifier, found, 3, failed)):
         write_text(part, None)
+    readable = [picture for picture in found if picture not in failed]
+    if readable:
+        speaker = load_model(captioner, device)
+        typer.echo(f"\n{speaker.name} says what they show:\n")
+        for picture, said in Captioner(speaker).caption_each(readable):
+            typer.echo(f"{picture}\n  {said[0].text}")
     finish(failed, len(found))
-    typer.echo("\nTry your own: vlm classify PICTURE --labels 'cat,dog,red apple'")
+    typer.echo("\nTry your own: vlm classify PICTURE --labels 'cat,dog,red apple', or vlm caption PICTURE")
