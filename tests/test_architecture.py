@@ -46,6 +46,12 @@ def names(requirements: list[str]) -> set[str]:
     return {rules.normal(head.strip()) for head in heads}
 
 
+@cache
+def owners() -> dict[str, list[str]]:
+    """The distributions that bring each top-level module; it takes a while to look."""
+    return {name: list(found) for name, found in packages_distributions().items()}
+
+
 def undeclared(path: str, tree: ast.AST) -> list[str]:
     user_extras = [one for name, extra in EXTRAS.items() if name not in TOOLS for one in extra]
     return rules.undeclared(
@@ -53,7 +59,7 @@ def undeclared(path: str, tree: ast.AST) -> list[str]:
         tree,
         always=names(PROJECT["dependencies"]),
         extras=names(user_extras),
-        owners={name: list(owners) for name, owners in packages_distributions().items()},
+        owners=owners(),
         standard=sys.stdlib_module_names,
     )
 
