@@ -48,7 +48,7 @@ def names(requirements: list[str]) -> set[str]:
 
 @cache
 def owners() -> dict[str, list[str]]:
-    """The distributions that bring each top-level module; reading all of them takes a while."""
+    """The distributions that bring each top-level module; it takes a while to look."""
     return {name: list(found) for name, found in packages_distributions().items()}
 
 

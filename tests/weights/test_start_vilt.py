@@ -72,7 +72,7 @@ def test_a_text_encoder_cannot_start_it() -> None:
 
 def test_a_file_that_is_no_official_checkpoint_is_refused(tmp_path: Path) -> None:
     clip_folder(tmp_path / "clip")
-    with pytest.raises(WeightsError, match="not an official ALBEF or BLIP checkpoint"):
+    with pytest.raises(WeightsError, match="not an official ALBEF, BLIP or BLIP-2 checkpoint"):
         start_from(build(), str(tmp_path / "clip" / "model.safetensors"))
 
 

@@ -111,7 +111,7 @@ def demo(
     if readable:
         speaker = load_model(captioner, device)
         typer.echo(f"\n{speaker.name} says what they show:\n")
-        for picture, said in Captioner(speaker).caption_each(readable):
+        for picture, (_, said) in zip(readable, Captioner(speaker).caption_each(readable), strict=True):
             typer.echo(f"{picture}\n  {said[0].text}")
     finish(failed, len(found))
     typer.echo("\nTry your own: vlm classify PICTURE --labels 'cat,dog,red apple', or vlm caption PICTURE")

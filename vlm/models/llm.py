@@ -56,8 +56,9 @@ class LanguageModel(nn.Module):
         self.keeps_type = keeps_type
         self.inner = inner.requires_grad_(False).eval()
         self.end_id = end_id
-        self.config: Any = inner.config
-        self.seq2seq = bool(self.config.is_encoder_decoder)
+        config: Any = inner.config
+        self.config = config
+        self.seq2seq = bool(config.is_encoder_decoder)
         self._accepted = frozenset(inspect.signature(inner.forward).parameters)
         # Its name changed within transformers 5.
         self._cache = "cache" if "cache" in self._accepted else "past_key_values"

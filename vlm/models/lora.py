@@ -42,8 +42,9 @@ def add_lora(part: nn.Module, layers: Sequence[str], config: LoraConfig) -> None
         import peft
     except ImportError as error:
         raise ConfigError("lora needs peft: pip install 'vlm[llm]', or set model.lora.rank=0") from error
+    factor: Any = config.alpha  # a float works, though peft calls it an int
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(layers), lora_dropout=0.0, bias="none"
+        r=config.rank, lora_alpha=factor, target_modules=list(layers), lora_dropout=0.0, bias="none"
     )
     try:
         peft.inject_adapter_in_model(settings, part)

@@ -39,7 +39,7 @@ logger = logging.getLogger("vlm.train")
 M = TypeVar("M")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stored:
     """What a model folder is written from."""
 

@@ -101,7 +101,7 @@ def weights_hash(network: nn.Module) -> str:
     for name, tensor in sorted(_own(network).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy())
+        digest.update(raw.numpy().data)
     return digest.hexdigest()
 
 
@@ -170,7 +170,11 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("converting %s into %s, once%s", file.name, folder.parent, ADVICE)
-    given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
+    given: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
     try:
         with _quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(**given)

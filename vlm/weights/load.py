@@ -80,7 +80,7 @@ def load_folder(folder: Path, *, llm: str = "") -> VisionLanguageModel:
         network.to_empty(device="cpu")
         kind.complete(network, llm=llm)
         if hasattr(network, "adapt"):
-            network.adapt()
+            network.adapt()  # type: ignore[operator]
         assign(network, tensors, where=where)
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
