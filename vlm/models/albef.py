@@ -217,15 +217,11 @@ class Albef(nn.Module):
 
         Arguments as for `contrast`; draws: uniform numbers, the same for a row whatever stands beside it.
         """
-        partners: dict[str, Tensor] = {}
-        counts = {}
-        if self.config.itm_weight:
-            partners, counts["itm"] = space.draw_partners(
-                features, everyone, row_ids=row_ids, ids=ids, draws=draws, config=self.config
-            )
-        if self.config.mlm_weight:
-            counts["mlm"] = int((masked(batch)[1] != IGNORED).sum())
-        return Choice(partners, counts | {f"{name}_accuracy": count for name, count in counts.items()})
+        words = {"mlm": int((masked(batch)[1] != IGNORED).sum())} if self.config.mlm_weight else {}
+        return space.choose(
+            features, everyone, row_ids=row_ids, ids=ids, draws=draws,
+            config=self.config, itm=bool(self.config.itm_weight), words=words,
+        )  # fmt: skip
 
     @torch.no_grad()
     def teach(self, batch: Rows, states: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

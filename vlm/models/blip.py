@@ -246,15 +246,11 @@ class Blip(nn.Module):
 
         Arguments as for `contrast`; draws: uniform numbers, the same for a row whatever stands beside it.
         """
-        partners: dict[str, Tensor] = {}
-        counts = {}
-        if self.loss_weights.get("itm"):
-            partners, counts["itm"] = space.draw_partners(
-                features, everyone, row_ids=row_ids, ids=ids, draws=draws, config=self.config
-            )
-        if self.loss_weights.get("lm"):
-            counts["lm"] = int((self._prompted(batch.tokens)[2] != IGNORED).sum())
-        return Choice(partners, counts | {f"{name}_accuracy": count for name, count in counts.items()})
+        words = {"lm": int((self._prompted(batch.tokens)[2] != IGNORED).sum())} if self.loss_weights.get("lm") else {}
+        return space.choose(
+            features, everyone, row_ids=row_ids, ids=ids, draws=draws,
+            config=self.config, itm=bool(self.loss_weights.get("itm")), words=words,
+        )  # fmt: skip
 
     def loss(self, batch: Any) -> dict[str, Tensor]:
         """Losses of one batch alone, without other ranks or micro-batches; ``loss`` is the total."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError, nearest
-from vlm.models.stage import Draws, Taught
+from vlm.models.stage import Choice, Draws, Taught
 from vlm.objectives.distillation import itc_taught
 from vlm.objectives.itc import cosines, itc, positives
 from vlm.objectives.itm import draw_negatives
@@ -219,6 +219,31 @@ def draw_partners(
             weights = torch.where(easy, 1.0, weights)
         partners[kind] = draw_negatives(weights, positive, draws(kind, 1)[:, 0].to(logits.device))
     return partners, len(row_ids) + sum(int((rows >= 0).sum()) for rows in partners.values())
+
+
+def choose(
+    features: Mapping[str, Tensor],
+    everyone: Mapping[str, Tensor],
+    *,
+    row_ids: Tensor,
+    ids: Tensor,
+    draws: Draws,
+    config: Contrasted,
+    itm: bool,
+    words: Mapping[str, int],
+) -> Choice:
+    """What a stage's `choose` gives: partners for ITM if there is `itm`, and how many terms each loss has.
+
+    words: of each loss over words, how many it guesses. Other arguments as for `draw_partners`.
+    """
+    partners: dict[str, Tensor] = {}
+    counts = {}
+    if itm:
+        partners, counts["itm"] = draw_partners(
+            features, everyone, row_ids=row_ids, ids=ids, draws=draws, config=config
+        )
+    counts |= words
+    return Choice(partners, counts | {f"{name}_accuracy": count for name, count in counts.items()})
 
 
 def check_contrasted(config: Contrasted) -> None:
