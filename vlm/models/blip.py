@@ -20,7 +20,7 @@ from vlm.models.pairing import Keys, begun, match_sums, meet, take_images
 from vlm.models.stage import Choice, Draws, Encoded, Pairs, Taught, joint_loss
 from vlm.models.transformer import KVCache, Transformer, TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
-from vlm.objectives.lm import lm, next_tokens, with_prompt
+from vlm.objectives.lm import lm_sums, next_tokens, with_prompt
 from vlm.objectives.mlm import IGNORED
 
 Head = Literal["itc", "itm", "lm"]
@@ -278,8 +278,7 @@ class Blip(nn.Module):
             ids, mask, labels = self._prompted(batch.tokens)
             spoken, said = self._spoken(ids[:, :-1], mask[:, :-1], own), labels != IGNORED
             logits, truth = self._say(spoken[said]), labels[said]  # (M, V), (M,)
-            sums["lm"] = lm(logits, truth, smoothing=self.config.label_smoothing).sum()
-            sums["lm_accuracy"] = (logits.argmax(dim=-1) == truth).sum().float()
+            sums |= lm_sums(logits, truth, smoothing=self.config.label_smoothing)
         return sums
 
     def _prompted(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

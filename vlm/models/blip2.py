@@ -24,7 +24,7 @@ from vlm.models.stage import Choice, Draws, Encoded, Pairs, Taught, joint_loss
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
 from vlm.objectives.itc import cosines
-from vlm.objectives.lm import lm, next_tokens, with_prompt
+from vlm.objectives.lm import lm_sums, next_tokens, with_prompt
 from vlm.objectives.mlm import IGNORED
 
 Head = Literal["itc", "itm", "itg"]
@@ -278,8 +278,7 @@ class Blip2(nn.Module):
             past = self.qformer.past_of(pairs.states["own_past"])
             spoken, said = self.qformer.spoken(ids[:, :-1], mask[:, :-1], past), labels != IGNORED
             logits, truth = self.qformer.say(spoken[said]), labels[said]  # (M, V), (M,)
-            sums["itg"] = lm(logits, truth, smoothing=self.config.label_smoothing).sum()
-            sums["itg_accuracy"] = (logits.argmax(dim=-1) == truth).sum().float()
+            sums |= lm_sums(logits, truth, name="itg", smoothing=self.config.label_smoothing)
         return sums
 
     def _judged(self, ids: Tensor, mask: Tensor, image: Keys) -> Tensor:

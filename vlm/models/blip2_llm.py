@@ -22,7 +22,7 @@ from vlm.models.qformer import QFormer, QFormerConfig
 from vlm.models.stage import Choice, Draws, Encoded, Pairs, joint_loss
 from vlm.models.transformer import TransformerConfig
 from vlm.models.vit import ViT, ViTConfig
-from vlm.objectives.lm import lm, next_tokens
+from vlm.objectives.lm import lm_sums, next_tokens
 from vlm.objectives.mlm import IGNORED
 
 WEIGHTS = ("fp32", "bf16", "fp16", "int8", "nf4")
@@ -192,10 +192,7 @@ class Blip2Llm(nn.Module):
         logits = self.speaker.logits(self.read(seen), ids[:, :-1], mask[:, :-1], batch.given)
         said = labels != IGNORED
         chosen, truth = logits[said], labels[said]  # (M, V), (M,)
-        return {
-            "lm": lm(chosen, truth, smoothing=self.config.label_smoothing).sum(),
-            "lm_accuracy": (chosen.argmax(dim=-1) == truth).sum().float(),
-        }
+        return lm_sums(chosen, truth, smoothing=self.config.label_smoothing)
 
     def contrast(self, features: Mapping[str, Tensor], everyone: Mapping[str, Tensor], **_: Any) -> dict[str, Tensor]:
         """Nothing: rows aren't compared."""

@@ -44,3 +44,11 @@ def lm(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1) -> Tensor:
         (M,) losses, 0 where ignored.
     """
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, label_smoothing=smoothing, reduction="none")
+
+
+def lm_sums(logits: Tensor, labels: Tensor, *, name: str = "lm", smoothing: float = 0.1) -> dict[str, Tensor]:
+    """By `name`, the sum of `lm` over (M, V) logits and (M,) labels; by ``NAME_accuracy``, how many are guessed."""
+    return {
+        name: lm(logits, labels, smoothing=smoothing).sum(),
+        f"{name}_accuracy": (logits.argmax(dim=-1) == labels).sum().float(),
+    }
