@@ -92,6 +92,17 @@ def test_known_results_count_as_finished_and_stay(trained: Callable[..., Trained
     assert [one["seed"] for one in written[-1]] == [0, 0, 1, 1, 7, 7]
 
 
+def test_a_known_result_stands_for_its_own_cell_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    """Cells that were prepared otherwise may have the same settings."""
+    cells = [Cell(row, "prepared", ()) for row in ("one", "two")]
+    more = {"seeds": [0], "recipe": RECIPE, "measure": measure}
+    trained()
+    known = run_grid("albef", cells[:1], out=tmp_path / "there", **more)  # type: ignore[arg-type]
+    again = trained()
+    found = run_grid("albef", cells, out=tmp_path / "here", known=known, **more)  # type: ignore[arg-type]
+    assert again.runs == ["two-prepared-seed-0"] and [one["row"] for one in found] == ["one", "two"]
+
+
 def test_each_result_says_where_it_was_made(
     trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

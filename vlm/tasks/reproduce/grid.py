@@ -85,9 +85,7 @@ def run_grid(
         for cell in cells:
             run = out / f"{cell.folder}-seed-{seed}"
             settings = [*recipe, *cell.changes, f"train.seed={seed}"]
-            result = next((one for one in known if one["settings"] == settings), None) or _finished(
-                run, settings, whole
-            )
+            result = _known(known, cell, settings) or _finished(run, settings, whole)
             if result is None:
                 logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
                 places = list(prepare(cell, seed)) if prepare is not None else []
@@ -159,6 +157,12 @@ def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe:
                 f"the known result of {one['row']!r}, {one['column']!r}, seed {one['seed']} was made with other "
                 f"settings ({one['settings']}); give the same options, or choose another --table"
             )
+
+
+def _known(known: Sequence[dict[str, Any]], cell: Cell, settings: list[str]) -> dict[str, Any] | None:
+    """The cell's own result; cells that differ by what was prepared for them have the same settings."""
+    own = (cell.row, cell.column, settings)
+    return next((one for one in known if (one["row"], one["column"], one["settings"]) == own), None)
 
 
 def _finished(run: Path, settings: list[str], whole: str) -> dict[str, Any] | None:
