@@ -16,7 +16,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.tasks.reproduce import grid
 from vlm.tasks.reproduce.albef import MEASURES, VARIANTS, cells_of, reproduce_albef
 from vlm.tasks.reproduce.albef import measure as measure_albef
-from vlm.tasks.reproduce.grid import PLACE, RESULT, Cell, as_table, read_results, run_grid, table_values
+from vlm.tasks.reproduce.grid import PLACE, REFERENCE, RESULT, Cell, as_table, read_results, run_grid, table_values
 from vlm.train.config import load_config, named_config
 from vlm.train.run import run_kind
 
@@ -205,6 +205,11 @@ def test_the_table_by_hand() -> None:
     # 10, 20, 30: mean 20, standard error 10 / sqrt(3), times 4.303.
     assert table[2] == "| a | clean | 3 | 20.0 [-4.8, 44.8] | - |"
     assert table[3] == "| b | clean | 1 | 40.0 | 25.0 |"
+    results = [result("a", 0, r=0.1, n=2_460_000.0), result("c", 0, r=0.5) | {REFERENCE: True}]
+    table = as_table(results, {"r": "R@1"}, column="of", counts={"n": "n, M"}).splitlines()
+    assert [table[0], *table[2:]] == [
+        "| setting | of | seeds | R@1 | n, M |", "| a | clean | 1 | 10.0 | 2.5 |", "| c | clean | - | 50.0 | - |",
+    ]  # fmt: skip
 
 
 def test_albefs_grid(trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
