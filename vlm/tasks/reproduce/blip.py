@@ -111,8 +111,9 @@ def reproduce_blip(
     if not seeds or min(sizes.pretrain, sizes.tune) < 1:
         raise ConfigError(f"expected at least one seed and one step of each training, got {seeds!r} and {sizes}")
     still = f"train.optim.freeze=[{', '.join(frozen('blip'))}]"
-    recipe = [*short_run(sizes.pretrain, precision), f"start={json.dumps([start])}", *PLAIN, *TEACHER, still]
-    tune = [*short_run(sizes.tune, precision), *PLAIN]
+    plain = (*PLAIN, f"loader.max_length={MOST_TOKENS}")
+    recipe = [*short_run(sizes.pretrain, precision), f"start={json.dumps([start])}", *plain, *TEACHER, still]
+    tune = [*short_run(sizes.tune, precision), *plain]
     return run_grid(
         "blip", cells(), seeds=seeds, recipe=recipe, out=out / "models", measure=lambda run: measure(run, device),
         prepare=lambda cell, seed: _prepare(out, cell, seed, recipe, tune, device),

@@ -20,7 +20,7 @@ from vlm.weights.loaded import VisionLanguageModel
 
 TEST, GALLERY = "web-test", 50
 MOST_TOKENS = 12
-"""Longest caption; names of emoji and clip art are short."""
+"""Longest caption, learnt or said; names of emoji and clip art are short, and padding costs what words cost."""
 PLAIN = ("loader.augment={}", "loader.captions={}")
 """Pictures and captions as they are: what costs time, and differs between no two variants."""
 TEACHER = ("train.teacher.decay=0.98", "train.teacher.ramp=0.25")
