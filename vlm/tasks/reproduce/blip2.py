@@ -97,10 +97,11 @@ def reproduce_blip2(
     ConfigError when there is no seed, no step or nothing to start from.
     """
     _check(seeds, sizes, start)
+    plain = (*PLAIN, f"loader.max_length={MOST_TOKENS}")
     stage1 = [
-        *short_run(sizes.stage1, precision, sizes.stage1_batch), f"start={json.dumps(list(start))}", *PLAIN, *first,
+        *short_run(sizes.stage1, precision, sizes.stage1_batch), f"start={json.dumps(list(start))}", *plain, *first,
     ]  # fmt: skip
-    recipe = [*short_run(sizes.stage2, precision, sizes.stage2_batch), *PLAIN, "train.best=''", *second]
+    recipe = [*short_run(sizes.stage2, precision, sizes.stage2_batch), *plain, "train.best=''", *second]
     before = to_yaml(_config(stage1))  # refuses wrong settings before anything is measured
     measured = f"{TEST}: captions of {MOST_TOKENS} tokens, {sizes.captioned or 'all'} pictures, galleries of {GALLERY}"
     beside = reference_results(
