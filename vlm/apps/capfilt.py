@@ -39,6 +39,7 @@ class CapfiltOptions:
     model: Annotated[str, _option("The pre-trained MED: name, folder, repo id or file.", "--model", "-m")] = ""
     captioner: Annotated[str, _option("A captioner fine-tuned already, instead of one made here.")] = ""
     judge: Annotated[str, _option("A filter fine-tuned already, instead of one made here.", "--filter")] = ""
+    judged: Annotated[str, _option("An earlier --out: its texts and scores are taken, and no model runs.")] = ""
     synthetic: Annotated[bool, _option("Whether the captioner writes texts.")] = True
     filtering: Annotated[bool, _option("Whether texts that don't match are dropped.")] = True
     threshold: Annotated[float, _option("Texts are kept above this matched probability.")] = 0.5
@@ -115,7 +116,7 @@ def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
     )
-    names = ("model", "captioner", "judge", "synthetic", "filtering", "threshold", "web_field", "seed")
+    names = ("model", "captioner", "judge", "judged", "synthetic", "filtering", "threshold", "web_field", "seed")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given |= {"captioner_training": options.captioner_config, "judge_training": options.filter_config}
     config = CapfiltConfig(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.tasks.capfilt.small import med, noise
 from vlm.data.shards import ShardWriter
 from vlm.data.sources import Source, open_source
-from vlm.tasks.capfilt.check import check_filter
+from vlm.tasks.capfilt.check import score_exchanged
 from vlm.tasks.capfilt.judge import Verdict
 
 COUNT = 20
@@ -47,8 +47,8 @@ def source(folder: Path, concept: str = "c{}", text: str = "text {}") -> Source:
 
 
 def check(judge: Any, data: Source, **changes: Any) -> Any:
-    given = {"threshold": 0.5, "pictures": COUNT, "seed": 0, "batch_size": 6} | changes
-    return check_filter(judge, data, **given)
+    given = {"pictures": COUNT, "seed": 0, "batch_size": 6} | changes
+    return score_exchanged(judge, data, **given).at(0.5)
 
 
 def test_a_filter_that_knows_is_always_right(tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_a_folder_in_use_is_left_alone(folder: Path, done: Path) -> None:
 
 
 def test_the_filter_is_measured_once(folder: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "check_filter", None)
+    monkeypatch.setattr(steps, "score_exchanged", None)
     run(settings(folder, threshold=THRESHOLD), done)
     check = json.loads((done / "report.json").read_text())["filter"]
     assert check["recall"]["count"] == 2 and check["own_kept"]["count"] == 2

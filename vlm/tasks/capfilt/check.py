@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from vlm.data.plan import shuffled_texts
 from vlm.data.samples import Sample, caption_id
 from vlm.data.sources import Source
 from vlm.tasks.capfilt.judge import Judge
+from vlm.tasks.capfilt.work import DIGITS
 from vlm.tasks.metrics import Figure, share
 
 INJECTED = 0.5
@@ -38,7 +39,31 @@ class FilterCheck:
         return {"data": self.data, **figures, "unreadable": self.unreadable}
 
 
-class _Exchanged:
+@dataclass(frozen=True)
+class Exchanged:
+    """Texts, some of which were exchanged between pictures, as a filter scored them: what it drops at any threshold
+    is known without it."""
+
+    data: str
+    itm: Sequence[float]
+    """Matched probabilities, rounded like those of the records."""
+    foreign: Sequence[bool]
+    """Whether each text is another picture's."""
+    unreadable: int
+
+    def at(self, threshold: float) -> FilterCheck:
+        """What a filter with this threshold makes of them."""
+        out, bad = np.array(self.itm, dtype=float) <= threshold, np.array(self.foreign, dtype=bool)
+        return FilterCheck(
+            self.data,
+            precision=share(bad[out], float(bad.mean()) if len(bad) else 0.0),
+            recall=share(out[bad], float(out.mean()) if len(out) else 0.0),
+            own_kept=share(~out[~bad], float((~out).mean()) if len(out) else 0.0),
+            unreadable=self.unreadable,
+        )
+
+
+class _Mixed:
     """Some samples of a source in random order, some of them with another one's text."""
 
     def __init__(self, source: Source, numbers: np.ndarray, foreign: Mapping[int, int]) -> None:
@@ -62,19 +87,19 @@ class _Exchanged:
         return self.inner.fingerprint()
 
 
-def check_filter(
-    judge: Judge, source: Source, *, threshold: float, pictures: int, seed: int, batch_size: int, workers: int = 0
-) -> FilterCheck:
-    """Exchange half of the texts among some pictures of a source, and see which ones the filter drops.
+def score_exchanged(
+    judge: Judge, source: Source, *, pictures: int, seed: int, batch_size: int, workers: int = 0
+) -> Exchanged:
+    """Exchange half of the texts among some pictures of a source, and let the filter score them.
 
     Which ones is fixed by the seed. An exchange between pictures of one concept or with the same text is no
     mismatch, and is left out.
     """
     numbers = np.random.default_rng((seed, len(source))).permutation(len(source))[:pictures]
     foreign = shuffled_texts(len(numbers), INJECTED, seed=seed)
-    mixed = _Exchanged(source, numbers, foreign)
+    mixed = _Mixed(source, numbers, foreign)
     alike = {place for place, other in foreign.items() if _alike(source, int(numbers[place]), int(numbers[other]))}
-    dropped, wrong, seen = [], [], 0
+    itm, wrong, seen = [], [], 0
     model = judge.model
     for batch in evaluation_batches(
         mixed, tokenizer=model.tokenizer, transform=model.transform, batch_size=batch_size, workers=workers
@@ -84,16 +109,9 @@ def check_filter(
         seen += len(places)
         for place, (verdict,) in zip(places, judge.verdicts(batch.pixels, texts), strict=True):
             if verdict is not None and place not in alike:
-                dropped.append(verdict.itm <= threshold)
+                itm.append(round(verdict.itm, DIGITS))
                 wrong.append(place in foreign)
-    out, bad = np.array(dropped, dtype=bool), np.array(wrong, dtype=bool)
-    return FilterCheck(
-        source.name,
-        precision=share(bad[out], float(bad.mean()) if len(bad) else 0.0),
-        recall=share(out[bad], float(out.mean()) if len(out) else 0.0),
-        own_kept=share(~out[~bad], float((~out).mean()) if len(out) else 0.0),
-        unreadable=len(numbers) - seen,
-    )
+    return Exchanged(source.name, itm, wrong, unreadable=len(numbers) - seen)
 
 
 def _alike(source: Source, one: int, other: int) -> bool:

@@ -1,4 +1,5 @@
-"""The two engines: this process, or actors of Ray Data. Both run `Worker` on units and give them back when written."""
+"""The two engines: this process, or actors of Ray Data. Both run `Worker`, or `Rewriter` where
+earlier texts are taken, on units and give them back when written."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 from vlm import errors
 from vlm.data.sources import Source
 from vlm.errors import ConfigError, DataError, VlmError
+from vlm.tasks.capfilt.reuse import Rewriter
 from vlm.tasks.capfilt.settings import Execution
 from vlm.tasks.capfilt.units import Unit
 from vlm.tasks.capfilt.work import Job, Worker
@@ -30,7 +32,11 @@ def run_units(job: Job, units: Sequence[Unit], sources: dict[str, Source], how: 
     if how.engine == "ray":
         yield from _on_ray(job, units, sources, how)
     else:
-        yield from Worker(job, sources).run(units)
+        yield from _worker(job, sources).run(units)
+
+
+def _worker(job: Job, sources: dict[str, Source] | None = None) -> Worker | Rewriter:
+    return Rewriter(job, sources) if job.config.judged else Worker(job, sources)
 
 
 def check_ray() -> None:
@@ -60,21 +66,21 @@ class _Actor:
 
     def __init__(self, job: Job, place: _Place) -> None:
         self.job, self.place = job, place
-        self.worker: Worker | None = None
+        self.worker: Worker | Rewriter | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         columns = zip(rows["kind"], *(rows[name] for name in NUMBERS), strict=True)
         units = [Unit(str(kind), *map(int, numbers)) for kind, *numbers in columns]  # type: ignore[arg-type]
         error, message = "", ""
         try:
-            self.worker = self.worker or self._worker()
+            self.worker = self.worker or self._made()
             list(self.worker.run(units))
         except VlmError as raised:
             error, message = type(raised).__name__, str(raised)
         described = {name: [getattr(unit, name) for unit in units] for name in ("kind", *NUMBERS)}
         return described | {"error": [error] * len(units), "message": [message] * len(units)}
 
-    def _worker(self) -> Worker:
+    def _made(self) -> Worker | Rewriter:
         torch.set_num_threads(self.place.threads)
         try:
             os.chdir(self.place.folder)
@@ -85,7 +91,7 @@ class _Actor:
             ) from error
         if self.place.data is not None:
             os.environ["VLM_DATA"] = self.place.data
-        worker = Worker(self.job)
+        worker = _worker(self.job)
         for kind, source in worker.sources.items():
             if source.fingerprint() != self.place.fingerprints[kind]:
                 raise DataError(f"{source.name}: on {platform.node()} this set is another one than where it began")

@@ -28,18 +28,30 @@ def settle(path: Path, now: Mapping[str, Any], *, what: str) -> None:
     if not path.exists():
         write_text(path, json.dumps(values, indent=1) + "\n")
         return
-    try:
-        before = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}); choose another folder") from error
-    old, new = _flat(before), _flat(values)
-    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = differences(noted(path, advice="choose another folder"), values)
     if changed:
-        lines = [f"  {name}: {_short(old.get(name))} before, {_short(new.get(name))} now" for name in changed]
         raise ConfigError(
             f"{path.parent}: {what} began with other settings, data or weights; restore them, or choose another "
-            "folder. Changed:\n" + "\n".join(lines)
+            "folder. Changed:\n" + "\n".join(changed)
         )
+
+
+def noted(path: Path, *, advice: str) -> dict[str, Any]:
+    """What `settle` noted in a file. Raises ConfigError, with `advice`, where that can't be read."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: can't be read ({error}); {advice}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected names with values, found {_short(found)}; {advice}")
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each value that has changed, with its name."""
+    old, new = _flat(_plain(before)), _flat(json.loads(json.dumps(_plain(now))))
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [f"  {name}: {_short(old.get(name))} before, {_short(new.get(name))} now" for name in changed]
 
 
 def weights_digest(network: nn.Module) -> str:

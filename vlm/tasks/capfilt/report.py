@@ -111,6 +111,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
             for name, found in report["texts"].items()
         ],
     )  # fmt: skip
+    if report["settings"].get("judged"):
+        lines += ["", f"Texts and scores are those of {report['settings']['judged']}."]
     check = report["filter"]
     lines += ["", f"The filter on {check['data']}, half of whose texts were exchanged between pictures:", ""]
     names = {"precision": "dropped texts that were exchanged", "recall": "exchanged texts that were dropped"}

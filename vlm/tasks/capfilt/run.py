@@ -12,17 +12,20 @@ from typing import Any
 from vlm.data.sources import Source, open_source
 from vlm.errors import ConfigError
 from vlm.files import held_alone, write_text
-from vlm.tasks.capfilt.check import check_filter
+from vlm.models.blip import BlipConfig
+from vlm.tasks.capfilt.check import Exchanged, score_exchanged
 from vlm.tasks.capfilt.engines import check_ray, run_units
 from vlm.tasks.capfilt.identity import settle, weights_digest
 from vlm.tasks.capfilt.judge import Judge, need_heads
 from vlm.tasks.capfilt.page import as_page
 from vlm.tasks.capfilt.report import as_markdown, tally
+from vlm.tasks.capfilt.reuse import check_earlier
 from vlm.tasks.capfilt.settings import CapfiltConfig, Execution
 from vlm.tasks.capfilt.training import HEADS, Evaluation, Part, pretraining, train_once, tuning
 from vlm.tasks.capfilt.units import Unit, find_units
-from vlm.tasks.capfilt.work import DATA, JUDGED, Job, record_path
+from vlm.tasks.capfilt.work import DATA, EXCHANGED, JUDGED, Job, open_sets, record_path
 from vlm.train.distributed import Ranks
+from vlm.train.run import RunConfig
 from vlm.weights.files import CONFIG
 from vlm.weights.load import load
 from vlm.weights.loaded import VisionLanguageModel
@@ -31,8 +34,13 @@ logger = logging.getLogger("vlm.capfilt")
 
 Progress = Callable[[int, int], None]
 """Called with pictures done and pictures in all whenever a shard is written."""
-NAMES = ("web", "human", "check", "model", "captioner", "judge", "captioner_training", "judge_training", "tune")
+NAMES = (
+    *("web", "human", "check", "model", "captioner", "judge", "judged"),
+    *("captioner_training", "judge_training", "tune"),
+)
 """Settings of which the content counts, not the name."""
+START = "start"
+"""Folder of the pre-trained model that captioner and filter are made of."""
 LAST = ("training", "pretrain")
 """Settings of the new model, which comes last."""
 SHOWN = 24
@@ -65,7 +73,8 @@ def run_capfilt(
     Args:
         config: what the result depends on.
         out: ``captioner`` and ``filter`` (runs), ``data`` (shards), ``judged`` (all texts with their scores),
-            ``report.json``, ``report.md``, ``report.html``, ``pretrained`` (run of the new model).
+            ``exchanged.json`` (the filter's scores of exchanged texts), ``report.json``, ``report.md``,
+            ``report.html``, ``pretrained`` (run of the new model).
         here: from `vlm.train.distributed.ranks`; a single rank.
         how: engine, batch size, workers, device.
         pretrain: whether to train a new model on the result.
@@ -75,19 +84,27 @@ def run_capfilt(
     Raises:
         ConfigError: a setting, a set or weights are others than when `out` was begun, each named.
         MissingVerbError: a model lacks the head, which is named.
-        DataError: another process works in `out`; and like WeightsError and TrainingError as the message says.
+        DataError: another process works in `out`, or `config.judged` isn't finished; and like WeightsError and
+            TrainingError as the message says.
     """
     if here.count > 1:
         raise ConfigError("CapFilt runs as one process; for several machines or GPUs use engine ray")
     if how.engine == "ray":
         check_ray()
     new = pretraining(config, out / DATA) if pretrain else None  # a wrong setting shows before the work
-    sources = {"web": open_source(config.web), "human": open_source(config.human)}
+    if config.judged and Path(config.judged).resolve() == out.resolve():
+        raise ConfigError(f"{out}: can't take texts from itself; choose another folder, or leave capfilt.judged out")
+    sources = open_sets(config)
     with held_alone(out):
         _sweep(out)
-        parts = _tune(config, out, here, sources, evaluation)
         units = find_units(sources, config.shard_samples)
-        job = Job(config, out, parts["captioner"], parts["judge"], how.batch_size, how.device, how.workers)
+        start = _begin(config, out, sources)
+        if config.judged:
+            captioner = judge = ""
+            _take(config, out, start, units)
+        else:
+            captioner, judge = _tune(config, out, start, here, evaluation)
+        job = Job(config, out, captioner, judge, how.batch_size, how.device, how.workers)
         _work(job, units, sources, how, progress)
         report = _report(job, units, sources)
         if new is None:
@@ -96,39 +113,66 @@ def run_capfilt(
         return Result(report, out / DATA, train_once(new, out / "pretrained", here, evaluation))
 
 
-def _tune(
-    config: CapfiltConfig, out: Path, here: Ranks, sources: dict[str, Source], evaluation: Evaluation | None
-) -> dict[str, str]:
-    """Step 1: folders of captioner (empty where none is wanted) and filter, made here unless they were given."""
+@dataclass(frozen=True)
+class _Start:
+    """Captioner and filter before anything is done."""
+
+    wanted: dict[Part, str]
+    """What was given for each; no captioner where no texts are written."""
+    models: dict[Part, VisionLanguageModel]
+    """Those that were given, and the pre-trained model for those that are made here."""
+    runs: dict[Part, RunConfig[BlipConfig]]
+    """Fine-tunings of those that are made here."""
+    began: dict[str, Any]
+    """What the folder's content depends on, as far as it is named."""
+
+
+def _begin(config: CapfiltConfig, out: Path, sources: dict[str, Source]) -> _Start:
+    """Look at all that was named; nothing is written, so that a refusal leaves the folder free for other settings."""
     wanted: dict[Part, str] = {"captioner": config.captioner, "filter": config.judge}
     if not config.synthetic:
         del wanted["captioner"]
     models = {part: load(given, device="cpu") for part, given in wanted.items() if given}
-    missing = [part for part in wanted if part not in models]
+    missing = [part for part in wanted if part not in models] if config.model else []
     settings = {name: value for name, value in vars(config).items() if name not in (*NAMES, *LAST)}
     began: dict[str, Any] = {"settings": settings, "data": _fingerprints(config, sources)}
-    start = out / "start"
     runs = {}
     if missing:
         first = load(config.model, device="cpu")
         need_heads(first, *(head for part in missing for head in HEADS[part]))
         models |= dict.fromkeys(missing, first)
-        runs = {part: tuning(config, part, first, start) for part in missing}
+        runs = {part: tuning(config, part, first, out / START) for part in missing}
         began["model"] = weights_digest(first.network)
         began["training"] = {part: replace(run, start=(), data=()) for part, run in runs.items()}
     for part, model in models.items():
         need_heads(model, *HEADS[part])
     if "captioner" in models:
         _check_length(models["captioner"], config)
-    # Nothing was written before: a refusal above leaves the folder free for other settings.
-    settle(out / "capfilt.json", began, what="this CapFilt")
-    if missing and not (start / CONFIG).is_file():
-        first.save(start)
-    made = {part: str(train_once(run, out / part, here, evaluation)) for part, run in runs.items()}
-    places = {part: made.get(part, given) for part, given in wanted.items()}
-    models |= {part: load(places[part], device="cpu") for part in runs}
-    settle(out / "models.json", {part: weights_digest(models[part].network) for part in wanted}, what="the texts")
-    return {"captioner": places.get("captioner", ""), "judge": places["filter"]}
+    return _Start(wanted, models, runs, began)
+
+
+def _tune(
+    config: CapfiltConfig, out: Path, start: _Start, here: Ranks, evaluation: Evaluation | None
+) -> tuple[str, str]:
+    """Step 1: folders of captioner (empty where none is wanted) and filter, made here unless they were given."""
+    settle(out / "capfilt.json", start.began, what="this CapFilt")
+    if start.runs and not (out / START / CONFIG).is_file():
+        start.models[next(iter(start.runs))].save(out / START)
+    made = {part: str(train_once(run, out / part, here, evaluation)) for part, run in start.runs.items()}
+    places = start.wanted | made
+    models = start.models | {part: load(place, device="cpu") for part, place in made.items()}
+    settle(out / "models.json", {part: weights_digest(models[part].network) for part in places}, what="the texts")
+    return places.get("captioner", ""), places["filter"]
+
+
+def _take(config: CapfiltConfig, out: Path, start: _Start, units: list[Unit]) -> None:
+    """Step 1 where an earlier folder's texts and scores are taken: make sure that they are the ones wanted here."""
+    given = {part: weights_digest(start.models[part].network) for part, name in start.wanted.items() if name}
+    models = check_earlier(config, start.began, given, units)
+    settle(out / "capfilt.json", start.began, what="this CapFilt")
+    settle(out / "models.json", {part: models.get(part) for part in start.wanted}, what="the texts")
+    if not (out / EXCHANGED).is_file():
+        write_text(out / EXCHANGED, (Path(config.judged) / EXCHANGED).read_text("utf-8"))
 
 
 def _check_length(captioner: VisionLanguageModel, config: CapfiltConfig) -> None:
@@ -147,7 +191,7 @@ def _work(job: Job, units: list[Unit], sources: dict[str, Source], how: Executio
     left = [unit for unit in units if not record_path(job.out, unit).is_file()]
     total = sum(unit.stop - unit.start for unit in units)
     done = total - sum(unit.stop - unit.start for unit in left)
-    logger.info("%d of %d shards are left to caption and filter", len(left), len(units))
+    logger.info("%d of %d shards are left", len(left), len(units))
     if progress is not None:
         progress(done, total)
     for unit in run_units(job, left, sources, how):
@@ -163,7 +207,8 @@ def _report(job: Job, units: list[Unit], sources: dict[str, Source]) -> dict[str
     found = tally(out, units, problems, seed=config.seed, shown=SHOWN)
     settings = {"threshold": config.threshold, "seed": config.seed, "generation": vars(config.generation)}
     switches = {"synthetic": config.synthetic, "filtering": config.filtering}
-    report = found.counts | {"filter": _filter_check(job, sources["human"]), "settings": settings | switches}
+    taken = {"judged": config.judged} if config.judged else {}
+    report = found.counts | {"filter": _filter_check(job, sources["human"]), "settings": settings | switches | taken}
     write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "report.md", as_markdown(report))
     write_text(out / "report.html", as_page(found.shown, sources["web"]))
@@ -171,18 +216,17 @@ def _report(job: Job, units: list[Unit], sources: dict[str, Source]) -> dict[str
 
 
 def _filter_check(job: Job, human: Source) -> dict[str, Any]:
-    """The filter on exchanged texts; made once."""
-    path, config = job.out / "filter.json", job.config
+    """The filter on exchanged texts, which it scores once."""
+    path, config = job.out / EXCHANGED, job.config
     if not path.is_file():
         source = open_source(config.check) if config.check else human
         judge: VisionLanguageModel = load(job.judge, device=job.device)
-        check = check_filter(
-            Judge(judge), source, threshold=config.threshold, pictures=config.check_pictures, seed=config.seed,
-            batch_size=job.batch_size, workers=job.workers,
+        scored = score_exchanged(
+            Judge(judge), source, pictures=config.check_pictures, seed=config.seed, batch_size=job.batch_size,
+            workers=job.workers,
         )  # fmt: skip
-        write_text(path, json.dumps(check.as_dict(), indent=1, ensure_ascii=False) + "\n")
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
+        write_text(path, json.dumps(vars(scored), ensure_ascii=False) + "\n")
+    return Exchanged(**json.loads(path.read_text("utf-8"))).at(config.threshold).as_dict()
 
 
 def _fingerprints(config: CapfiltConfig, sources: dict[str, Source]) -> dict[str, str]:

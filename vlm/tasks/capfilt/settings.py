@@ -29,6 +29,9 @@ class CapfiltConfig:
     """A captioner that is fine-tuned already; empty for one made here."""
     judge: str = ""
     """A filter that is fine-tuned already; empty for one made here."""
+    judged: str = ""
+    """Folder of an earlier CapFilt whose texts and scores are taken, so that neither model is needed: the sets, the
+    models and all settings must be its own, but `synthetic`, `filtering` and `threshold`. Empty for new texts."""
     synthetic: bool = True
     """Whether the captioner writes texts; without it the web texts are filtered alone."""
     filtering: bool = True
@@ -73,7 +76,7 @@ class CapfiltConfig:
                 f"{self.generation.sequences}"
             )
         missing = [name for name in (["captioner"] if self.synthetic else []) + ["judge"] if not getattr(self, name)]
-        if missing and not self.model:
+        if missing and not self.model and not self.judged:
             raise ConfigError(
                 f"capfilt.model: name the pre-trained MED that {' and '.join(missing)} are made of, or give them"
             )

@@ -18,6 +18,8 @@ from vlm.errors import DataError
 
 Kind = Literal["web", "human"]
 KINDS: tuple[Kind, ...] = ("web", "human")
+MEND = "what was written is whole: mend it and start again"
+"""What to do about a set that can't be read any more."""
 PREFETCH = 2
 """Batches that each worker holds ready."""
 
@@ -139,7 +141,7 @@ def read_units(reading: Reading, units: Sequence[Unit]) -> Iterator[Pictures]:
     )
     for batch in loader:
         if batch.failed:
-            raise DataError(f"{batch.failed}; what was written is whole: mend it and start again")
+            raise DataError(f"{batch.failed}; {MEND}")
         yield batch
 
 

@@ -12,15 +12,17 @@ from vlm.data.images import picture_suffix
 from vlm.data.samples import OWN
 from vlm.data.shards import ShardWriter
 from vlm.data.sources import Source, open_source
+from vlm.errors import DataError
 from vlm.files import write_text
 from vlm.models.packed import pack_linears
 from vlm.tasks.capfilt.judge import Judge, Verdict
 from vlm.tasks.capfilt.settings import CapfiltConfig
-from vlm.tasks.capfilt.units import Pictures, Reading, Row, Unit, read_units
+from vlm.tasks.capfilt.units import KINDS, Pictures, Reading, Row, Unit, read_units
 from vlm.tasks.caption import Captioner
 from vlm.weights.load import load
 
-DATA, JUDGED = "data", "judged"
+DATA, JUDGED, EXCHANGED = "data", "judged", "exchanged.json"
+"""Of a folder: the shards, the records, and the filter's scores of exchanged texts."""
 TEXT_FIELDS = ("captions", "caption", "text", "title", "web", "tags", "name", "description")
 """Fields of a web sample that hold texts which nobody judged: a loader might train on them."""
 DIGITS = 6
@@ -34,8 +36,9 @@ class Job:
     config: CapfiltConfig
     out: Path
     captioner: str
-    """Empty where no texts are written."""
+    """Empty where no texts are written, or earlier ones are taken."""
     judge: str
+    """Empty where earlier scores are taken."""
     batch_size: int
     device: str = "auto"
     workers: int = 0
@@ -66,7 +69,7 @@ class Worker:
     def __init__(self, job: Job, sources: dict[str, Source] | None = None) -> None:
         """sources: ``web`` and ``human``; opened by name if None."""
         self.job, config = job, job.config
-        self.sources = sources or {kind: open_source(getattr(config, kind)) for kind in ("web", "human")}
+        self.sources = sources or open_sets(config)
         judge = load(job.judge, device=job.device)
         self.judge, transforms = Judge(judge), [judge.transform]
         self.captioner: Captioner | None = None
@@ -110,12 +113,20 @@ class Worker:
         return out
 
     def _text(self, text: str, provenance: str, verdict: Verdict | None) -> Text:
-        config = self.job.config
-        if verdict is None:
-            return Text(text, provenance, None, None, False)
-        sure = provenance == "human" or not config.filtering
-        itm, itc = (round(score, DIGITS) for score in verdict)
-        return Text(text, provenance, itm, itc, sure or itm > config.threshold)
+        itm, itc = (None, None) if verdict is None else (round(score, DIGITS) for score in verdict)
+        return Text(text, provenance, itm, itc, keeps(self.job.config, provenance, itm))
+
+
+def open_sets(config: CapfiltConfig) -> dict[str, Source]:
+    """The sets by kind, ``web`` and ``human``."""
+    return {kind: open_source(getattr(config, kind)) for kind in KINDS}
+
+
+def keeps(config: CapfiltConfig, provenance: str, itm: float | None) -> bool:
+    """Whether a text is kept, by its matched probability as it is written; an empty text, which has none, never is."""
+    if itm is None:
+        return False
+    return provenance == "human" or not config.filtering or itm > config.threshold
 
 
 def write_unit(out: Path, unit: Unit, rows: Sequence[Judged], skipped: Sequence[tuple[str, str]]) -> None:
@@ -149,8 +160,12 @@ def record_path(out: Path, unit: Unit) -> Path:
 
 
 def read_record(out: Path, unit: Unit) -> dict[str, Any]:
-    """A finished unit's record."""
-    found: dict[str, Any] = json.loads(record_path(out, unit).read_text("utf-8"))
+    """A finished unit's record. Raises DataError where it can't be read."""
+    path = record_path(out, unit)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: can't be read ({error}); delete it, and what made it makes it again") from error
     return found
 
 
