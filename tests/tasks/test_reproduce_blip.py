@@ -56,11 +56,19 @@ def test_the_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = reproduce_blip(tmp_path, seeds=[4], sizes=Sizes(30, 20), device="cpu")
     assert len(found) == len(trained) == len(cells()) == 8
     assert {run.relative_to(tmp_path).as_posix() for run in first} == {"seed-4/med"}
-    for name, config in made:
+    sources = {
+        "none": "captioner-nucleus-filter", "filter": "captioner-nucleus-filter",
+        "captioner-nucleus": "captioner-nucleus-filter", "captioner-beam": "captioner-beam-filter",
+    }  # fmt: skip
+    for place, (name, config) in enumerate(made):
         own = name == "captioner-nucleus-filter"
-        assert bool(config.captioner) is (not own) and bool(config.judge) is (not own) and config.seed == 4
-        assert own or config.captioner.endswith("captioner-nucleus-filter/captioner")
-        assert "train.steps=20" in config.tune
+        assert config.seed == 4 and "train.steps=20" in config.tune
+        assert Path(config.judged).name == sources.get(name, "")
+        assert not config.judged or sources[name] in [before for before, _ in made[:place]]
+        assert bool(config.model) is (name not in sources)
+        assert bool(config.captioner) is bool(config.judge) is (name == "captioner-beam-filter")
+        assert own or not config.captioner or config.captioner.endswith("captioner-nucleus-filter/captioner")
+    assert {name for name, _ in made} == {*sources, *sources.values()}
     data = {run: json.loads(settings[-1].removeprefix("data="))[0] for run, settings in trained.items()}
     assert data["none-capfilt-seed-4"].endswith("seed-4/capfilt/none/data")
     assert data["filter-capfilt-seed-4"].endswith("capfilt/filter/data")

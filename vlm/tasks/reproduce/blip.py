@@ -134,7 +134,11 @@ def measure(run: Path, device: str = "auto") -> dict[str, float]:
 
 
 def _prepare(out: Path, cell: Cell, seed: int, recipe: Sequence[str], tune: Sequence[str], device: str) -> list[str]:
-    """The set that a cell is trained on, made if it isn't there."""
+    """The set that a cell is trained on, made if it isn't there.
+
+    Captioner and filter are made with `BOTH`, and run once for each way of captioning: the sets that lack one of the
+    two take the texts and scores of the one that has both.
+    """
     wanted = next((one for one in SETS if one.name == cell.row), BOTH)
     folder = out / f"seed-{seed}"
     config = CapfiltConfig((WEB,), (HUMAN,), model=str(folder / "med"), seed=seed, tune=tuple(tune), shard_samples=500)
@@ -142,11 +146,13 @@ def _prepare(out: Path, cell: Cell, seed: int, recipe: Sequence[str], tune: Sequ
     with ranks(device) as here:
         changes = [*recipe, f"train.seed={seed}", "loader.captions.web=1"]
         train_once(load_config(run_kind("blip"), named_config("blip", "tiny"), changes), folder / "med", here)
-        both = folder / "capfilt" / folder_name(BOTH.name)
-        if wanted != BOTH:  # captioner and filter are made once for all sets
-            run_capfilt(BOTH.config(config), both, here, how=how, pretrain=False)
-            config = replace(config, captioner=str(both / "captioner"), judge=str(both / "filter"))
-        made = run_capfilt(
-            wanted.config(config), folder / "capfilt" / folder_name(wanted.name), here, how=how, pretrain=False
-        )
+        whole = Rewritten(wanted.captions or BOTH.captions, filtered=True)
+        places = {one: folder / "capfilt" / folder_name(one.name) for one in (BOTH, whole, wanted)}
+        for one, place in places.items():
+            given: dict[str, Any] = {}
+            if one == whole != BOTH:
+                given = {"captioner": str(places[BOTH] / "captioner"), "judge": str(places[BOTH] / "filter")}
+            elif one != whole and one != BOTH:
+                given = {"model": "", "judged": str(places[whole])}
+            made = run_capfilt(one.config(replace(config, **given)), place, here, how=how, pretrain=False)
     return [f"data={json.dumps([str(made.data)])}"]
