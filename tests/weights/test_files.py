@@ -172,6 +172,22 @@ def test_a_model_replaces_nothing_but_a_model(tmp_path):
     assert vlm.load(tmp_path / "empty").name == "x"
 
 
+def test_a_model_replaces_no_file_that_stands_beside_one(tmp_path):
+    folder = tmp_path / "model"
+    saved(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    for name in ("notes.txt", "metrics.jsonl", ".git"):
+        (folder / name).mkdir() if name == ".git" else (folder / name).write_text("mine")
+    with pytest.raises(WeightsError, match=r"model: holds other files.*: \.git, metrics\.jsonl, notes\.txt; choose"):
+        saved(folder, dtype=torch.float16)
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / ".git").is_dir()
+    assert (folder / "model.safetensors").read_bytes() == before
+    for number in range(9):
+        (folder / f"{number}.png").write_text("mine")
+    with pytest.raises(WeightsError, match=r"\.git, 0\.png, 1\.png, 2\.png, 3\.png and 7 more"):
+        saved(folder)
+
+
 def test_damaged_own_folder(tmp_path):
     saved(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"family": "clip", "config": {"embed_dim": "many"}}')

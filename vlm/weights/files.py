@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -28,6 +29,12 @@ DAMAGED = (
     SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
 """What reading a file that is no checkpoint raises: torch takes any bytes for a pickle, and stumbles anyhow."""
+WRITTEN = (
+    r"(open_clip_)?(config\.json|model\.safetensors)|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|"
+    r"README\.md|vocab\.(txt|json)|merges\.txt|special_ids\.json|chat_template\.(jinja|json)|qformer_tokenizer|"
+    r"(generation|(video_)?(pre)?processor|tokenizer)_config\.json|(tokenizer|added_tokens|special_tokens_map)\.json"
+)
+"""Names of what a model's folder consists of, as vlm and transformers write it; all else there is somebody's own."""
 BASE = "base"
 """In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out, and `parts` where the
 model has some of its parts alone."""
@@ -297,11 +304,17 @@ def write_model(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raises WeightsError where a model written to `target` would take the place of something else."""
-    models = ({CONFIG, WEIGHTS}, {"open_clip_config.json", "open_clip_model.safetensors"})
+    """Raises WeightsError where a model written to `target` would take the place of something else, which it names."""
+    models = ({CONFIG, WEIGHTS}, {"open_clip_config.json", "open_clip_model.safetensors"}, {CONFIG, INDEX})
     names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    if target.exists() and names and not any(model <= names for model in models):
-        raise WeightsError(f"{target}: holds other files, which a model would replace; choose a new or empty folder")
+    held = any(model <= names for model in models)
+    others = sorted(name for name in names if not (held and re.fullmatch(WRITTEN, name)))
+    if target.exists() and others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        raise WeightsError(
+            f"{target}: holds other files, which a model would replace: {', '.join(others[:5])}{more}; choose a new "
+            "or empty folder, or move them away"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
