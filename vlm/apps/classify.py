@@ -49,10 +49,10 @@ def classify(
 
     if form not in FORMS:
         raise ConfigError(f"--format {form!r}{nearest(form, FORMS)}: expected one of {', '.join(FORMS)}")
-    check_output(output)
     words = check_labels(read_labels(labels, labels_file))
     sentences = read_templates(templates)
     pictures = find_pictures(paths)
+    check_output(output, inputs=pictures)
     classifier = ZeroShotClassifier(load_model(model, device), words, sentences, batch_size=batch_size)
     failed: list[str] = []
     parts = FORMS[form](predictions(classifier, pictures, top_k, failed))

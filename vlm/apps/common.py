@@ -124,8 +124,11 @@ def write_text(text: str, output: Path | None) -> None:
     files.write_text(output, text)
 
 
-def check_output(output: Path | None, *, folder: bool = False) -> None:
-    """Raises ConfigError when results could not be written there, before the work is done."""
+def check_output(output: Path | None, *, folder: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ConfigError when results could not be written there, before the work is done.
+
+    inputs: files that are read, none of which the results may replace, by whatever name it is called.
+    """
     if output is None:
         return
     if not output.exists():
@@ -137,6 +140,10 @@ def check_output(output: Path | None, *, folder: bool = False) -> None:
         raise ConfigError(f"{output}: is a file, expected a folder to write into")
     if not folder and output.is_dir():
         raise ConfigError(f"{output}: is a folder, expected a file to write")
+    same = next((one for one in inputs if os.path.exists(one) and os.path.samefile(one, output)), None)
+    if same is not None:
+        named = f" ({same})" if str(same) != str(output) else ""
+        raise ConfigError(f"{output}: is one of the inputs{named}, which the result would replace; name another file")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

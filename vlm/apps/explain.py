@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlm.apps.common import DEFAULT_MODEL, Device, Model, check_output, load_model, log_warnings
+from vlm.errors import ConfigError
 
 Method = Annotated[
     str,
@@ -16,6 +17,8 @@ Method = Annotated[
         "tiny-albef points better by cam than by grad-cam."
     ),
 ]
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Of the picture that is written, by the file's ending."""
 Layer = Annotated[int, typer.Option(min=0, help="Of the fusion layers, from 1, for grad-cam alone; 0: the middle.")]
 
 
@@ -23,7 +26,7 @@ def explain(
     image: Annotated[Path, typer.Argument(help="The picture.")],
     text: Annotated[str, typer.Argument(help="What to look for, such as 'a red apple'.")],
     model: Model = DEFAULT_MODEL,
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write.")] = Path("explanation.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .jpg or .webp.")] = Path("explanation.png"),
     method: Method = "auto",
     layer: Layer = 0,
     device: Device = "auto",
@@ -34,10 +37,13 @@ def explain(
     from vlm.tasks import explain as task
 
     log_warnings()
-    check_output(out)
+    check_output(out, inputs=[image])
+    form = FORMATS.get(out.suffix.lower())
+    if form is None:
+        raise ConfigError(f"--out {out}: a picture's name must end in {', '.join(FORMATS)}")
     picture = load_image(image)
     loaded = load_model(model, device)
     found = task.explain(loaded, picture, text, method=method, layer=layer)
     page = task.explanation_picture(loaded, picture, found)
-    write_file(out, lambda file: page.save(file, "PNG"))
+    write_file(out, lambda file: page.save(file, form))
     typer.echo(f"{out}: {loaded.name}, {found.method}" + (f", {len(found.words)} words" if found.words else ""))
