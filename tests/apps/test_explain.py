@@ -16,9 +16,10 @@ def test_a_picture_is_written(run: Run, model: str, pictures: Path, tmp_path: Pa
     out = tmp_path / "out" / "found.png"
     done = run("explain", pictures / "red.png", "a red thing", "-m", model, "--out", out)
     assert done.code == 0, done.err
-    assert "relevance, 3 words" in done.out
+    assert "relevance, 3 words" in done.out and "--method has also rollout" in done.out
     assert Image.open(out).format == "PNG" and [path.name for path in out.parent.iterdir()] == ["found.png"]
-    assert "rollout" in run("explain", pictures / "red.png", "red", "-m", model, "-o", out, "--method", "rollout").out
+    chosen = run("explain", pictures / "red.png", "red", "-m", model, "-o", out, "--method", "rollout").out
+    assert ", rollout\n" in chosen and "--method" not in chosen
 
 
 @pytest.mark.parametrize("called", ["itself", "a longer way", "a symbolic link", "a hard link"])
