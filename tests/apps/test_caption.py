@@ -265,11 +265,40 @@ def test_text_files_that_would_be_shared(caption: Run, pictures: Path, tmp_path:
     assert done.code == 2 and "has no place beside it" in done.err
 
 
-def test_a_file_that_is_no_result_is_kept(caption: Run, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [(), ("--fresh",)])
+def test_a_file_that_is_no_result_is_kept(caption: Run, pictures: Path, tmp_path: Path, fresh: tuple[str, ...]) -> None:
     file = tmp_path / "notes.jsonl"
-    for form, text in (("jsonl", '{"a": 1}\n'), ("csv", "name,age\nx,3\n")):
+    for form, text in (("jsonl", '{"a": 1}\n'), ("csv", "name,age\nx,3\n"), ("jsonl", "[1]\n"), ("jsonl", "mine")):
         file.write_text(text)
-        done = caption(pictures, "-f", form, "-o", file)
-        assert done.code == 2 and "--fresh" in done.err
+        done = caption(pictures, "-f", form, "-o", file, *fresh)
+        assert done.code == 2 and "something else than captions" in done.err and "--fresh" not in done.err
         assert file.read_text() == text
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["notes.jsonl"]
+
+
+def test_an_output_is_never_an_input(caption: Run, pictures: Path, tmp_path: Path) -> None:
+    tar = shard(tmp_path / "web.tar", pictures)
+    for place, output in ((pictures, pictures / "red.png"), (tar, tar)):
+        before = output.read_bytes()
+        done = caption(place, "-o", output, "--fresh")
+        assert done.code == 2 and "is one of the inputs" in done.err
+        assert output.read_bytes() == before
+
+
+def test_a_damaged_result_is_named_by_its_row(caption: Run, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found"
+    for form in ("jsonl", "csv"):
+        assert caption(pictures, "-f", form, "-o", file, "--fresh").code == 0
+        whole = file.read_text("utf-8")
+        file.write_text(whole + "mine\n")
+        done = caption(pictures, "-f", form, "-o", file)
+        assert done.code == 2 and f"found, {'line' if form == 'jsonl' else 'row'} 6: damaged" in done.err
+        assert "--fresh" in done.err and file.read_text("utf-8") == whole + "mine\n"
+
+
+def test_a_result_goes_on_in_another_form(caption: Run, pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "found"
+    caption(pictures / "red.png", "-f", "csv", "-o", file)
+    done = caption(pictures, "-o", file)
+    assert done.code == 0 and "1 of them from before" in done.err
+    assert set(lines_of(file.read_text("utf-8"))) == {str(path) for path in pictures.iterdir()}

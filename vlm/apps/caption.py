@@ -62,8 +62,8 @@ def caption(options: CaptionOptions) -> None:
     names = [field.name for field in fields(GenerationConfig)]
     given = {name: value for name, value in asdict(options).items() if name in names and value is not None}
     config = GenerationConfig(**given)
-    check_output(options.output)
     pictures = {_name(picture): picture for picture in find_inputs(options.paths)}
+    check_output(options.output, inputs={getattr(picture, "tar", picture) for picture in pictures.values()})
     sink = _sink(options, config, list(pictures))
     left = [picture for name, picture in pictures.items() if name not in sink.done]
     failed: list[str] = []

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMS = ("jsonl", "csv", "txt")
 COLUMNS = ["path", "rank", "caption", "score"]
+LONGEST_LINE = 1 << 20
+"""Bytes that are read of what may be no captions at all."""
 Row = dict[str, Any]
 """``path`` and ``captions``, best first: each has its ``caption`` and, where beams were searched, its ``score``."""
 
@@ -91,13 +93,17 @@ class Journal:
     """
 
     def __init__(self, output: Path, form: str, names: Sequence[str], settings: Any, *, fresh: bool) -> None:
-        """Take up the journal, or else the finished file, of an earlier run. Raises DataError if it can't be read."""
+        """Take up the journal, or else the finished file, of an earlier run; fresh: leave what it wrote behind.
+
+        Raises DataError if it can't be read, or something else than captions stands there.
+        """
         self.output, self.form = output, form
+        written = _written_form(output)
         digest = hashlib.sha256(json.dumps([form, settings], sort_keys=True).encode()).hexdigest()[:12]
         self.path = output.with_name(f".{output.name}.{digest}.part")
         rows: list[Row] = []
         if not fresh:
-            rows = _read_lines(self.path) if self.path.is_file() else _read_finished(output, form)
+            rows = _read_lines(self.path) if self.path.is_file() else _read_finished(output, written)
         self.done = {row["path"] for row in rows}
         self.summary = _summary(row for row in rows if row["path"] in set(names))
         # Rewritten, since a killed run may have left half a line.
@@ -169,30 +175,51 @@ def _read_lines(path: Path) -> list[Row]:
     return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
+def _written_form(path: Path) -> str:
+    """The form of the captions in a file, empty where there are none. Raises DataError where it holds anything else."""
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    with path.open("rb") as file:
+        line = file.readline(LONGEST_LINE)
+    if line.decode("utf-8", errors="replace").rstrip("\r\n") == ",".join(COLUMNS):
+        return "csv"
+    if _is_row(line):
+        return "jsonl"
+    raise DataError(
+        f"{path}: holds something else than captions of this command, which they would replace; name another --output"
+    )
+
+
 def _read_finished(path: Path, form: str) -> list[Row]:
-    """The rows of an earlier run's result; none where there is none."""
-    if not path.is_file():
+    """The rows of an earlier run's result, written in a form; none where that is empty."""
+    if not form:
         return []
     if form == "jsonl":
         return _read_lines(path)
     text = path.read_text("utf-8", errors="replace")
     rows: dict[str, Row] = {}
-    lines = list(csv.reader(io.StringIO(text)))
-    if lines and lines[0] != COLUMNS:
-        raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}; name another --output, or give --fresh")
-    for name, _, text, score in lines[1:]:
-        captions = rows.setdefault(name, {"path": name, "captions": []})["captions"]
-        captions.append({"caption": text} | ({"score": float(score)} if score else {}))
+    for number, line in enumerate(list(csv.reader(io.StringIO(text)))[1:], 1):
+        try:
+            name, _, caption, score = line
+            value = {"score": float(score)} if score else {}
+        except ValueError as error:
+            raise DataError(
+                f"{path}, row {number}: damaged, expected {', '.join(COLUMNS)}; mend it, or write all anew with --fresh"
+            ) from error
+        rows.setdefault(name, {"path": name, "captions": []})["captions"].append({"caption": caption} | value)
     return list(rows.values())
 
 
-def _parsed(line: bytes | str, where: str) -> Row:
+def _parsed(line: bytes, where: str) -> Row:
+    if not _is_row(line):
+        raise DataError(f"{where}: damaged, expected path and captions; mend it, or write all anew with --fresh")
+    found: Row = json.loads(line)
+    return found
+
+
+def _is_row(line: bytes) -> bool:
     try:
         row = json.loads(line)
-        if isinstance(row["path"], str) and all(isinstance(one["caption"], str) for one in row["captions"]):
-            return row
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{where}: no captions of an earlier run ({error!r}); name another file, or give --fresh"
-        ) from (error)
-    raise DataError(f"{where}: no captions of an earlier run; name another file, or give --fresh")
+        return isinstance(row["path"], str) and all(isinstance(one["caption"], str) for one in row["captions"])
+    except (ValueError, KeyError, TypeError):
+        return False
