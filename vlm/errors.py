@@ -48,3 +48,13 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of `options`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def counted(number: int, thing: str, plural: str = "") -> str:
+    """Return a number with what it counts: ``1 picture``, ``2 pictures``; plural: where that takes more than an s."""
+    return f"{number} {thing if number == 1 else plural or thing + 's'}"
+
+
+def with_article(word: str) -> str:
+    """Return a word behind ``a``, or ``an`` before a vowel."""
+    return f"{'an' if word[:1].lower() in set('aeiou') else 'a'} {word}"

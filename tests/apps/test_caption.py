@@ -114,14 +114,45 @@ def test_csv(caption: Run, pictures: Path, tmp_path: Path) -> None:
 
 
 def test_text_files_beside_the_pictures(caption: Run, pictures: Path) -> None:
-    (pictures / "red.txt").write_text("my own words\n", "utf-8")
     done = caption(pictures, "-f", "txt", "-n", 2)
-    assert done.code == 0 and "5 of 5 pictures have captions, 1 of them from before" in done.err
+    assert done.code == 0 and "5 of 5 pictures have captions, " in done.err
     for path, texts in said(*sorted(pictures.glob("*.png")), sequences=2).items():
-        written = Path(path).with_suffix(".txt").read_text("utf-8").splitlines()
-        assert written == (["my own words"] if "red" in path else texts)
-    caption(pictures, "-f", "txt", "--fresh")
-    assert "my own words" not in (pictures / "red.txt").read_text("utf-8")
+        assert Path(path).with_suffix(".txt").read_text("utf-8").splitlines() == texts
+    (pictures / "red.txt").unlink()
+    done = caption(pictures, "-f", "txt", "-n", 2)
+    assert "5 of 5 pictures have captions, 4 of them from before" in done.err and (pictures / "red.txt").exists()
+
+
+def test_texts_of_others_stay(caption: Run, pictures: Path) -> None:
+    own = pictures / "red.txt"
+    own.write_text("my own words\n", "utf-8")
+    done = caption(pictures, "-f", "txt")
+    assert done.code == 0 and "4 of 5 pictures have captions, " in done.err and "from before" not in done.err
+    assert "kept 1 text that wasn't written by this command; --overwrite replaces it" in done.err
+    (pictures / "blue.txt").write_text("mended by hand\n", "utf-8")
+    done = caption(pictures, "-f", "txt", "--fresh", "--min-new-tokens", 5)
+    assert "3 of 5 pictures" in done.err and "kept 2 texts that weren't" in done.err
+    assert own.read_text("utf-8") == "my own words\n" and (pictures / "blue.txt").read_text("utf-8").startswith(
+        "mended"
+    )
+    longer = said(*sorted(pictures.glob("*.png")), min_new_tokens=5)
+    assert (pictures / "green.txt").read_text("utf-8").splitlines() == longer[str(pictures / "green.png")]
+    done = caption(pictures, "-f", "txt", "--overwrite", "--min-new-tokens", 5)
+    assert "5 of 5 pictures have captions, 3 of them from before" in done.err and "kept" not in done.err
+    assert own.read_text("utf-8").splitlines() == longer[str(pictures / "red.png")]
+    assert caption(pictures, "--overwrite").code == 2
+
+
+def test_texts_of_other_settings_are_refused(caption: Run, pictures: Path) -> None:
+    assert caption(pictures / "red.png", "-f", "txt").code == 0
+    record = pictures / ".vlm-captions.jsonl"
+    record.write_text(record.read_text("utf-8") + '{"text": "half a l', "utf-8")
+    done = caption(pictures, "-f", "txt", "--strategy", "greedy")
+    assert done.code == 2 and "red.txt: holds captions of an earlier run with strategy 'beam'" in done.err
+    assert "now it is 'greedy'" in done.err and "--fresh" in done.err
+    assert [path.name for path in pictures.glob("*.txt")] == ["red.txt"]
+    assert caption(pictures / "blue.png", "-f", "txt", "--strategy", "greedy").code == 0
+    assert "1 of 1 picture has captions, 1 of them" in caption(pictures / "red.png", "-f", "txt").err
 
 
 def test_summary(caption: Run, pictures: Path) -> None:

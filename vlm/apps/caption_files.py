@@ -1,17 +1,18 @@
-"""Where captions go: the terminal, a file by way of a journal, or a text file beside each picture."""
+"""Where captions go: the terminal, or a file by way of a journal."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.apps.common import write_text
-from vlm.errors import DataError
+from vlm.errors import ConfigError, DataError
 from vlm.files import write_file
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ class Sink(Protocol):
     """Takes captions as they come."""
 
     done: set[str]
-    """Pictures that had captions before."""
+    """Pictures that had captions of this command before."""
+    kept: set[str]
+    """Pictures whose texts aren't this command's, and stay as they are."""
     summary: Summary
     """Of all captions, also those from before."""
 
@@ -45,42 +48,16 @@ class Terminal:
 
     def __init__(self, form: str) -> None:
         self.done: set[str] = set()
-        self.summary = _summary([])
+        self.kept: set[str] = set()
+        self.summary = summary_of([])
         self._form, self._header = form, True
 
     def add(self, name: str, found: Sequence[Caption]) -> None:
         """Print one picture's captions."""
-        row = _row(name, found)
-        _count(self.summary, row)
+        row = row_of(name, found)
+        count(self.summary, row)
         write_text("".join(rendered([row], self._form, header=self._header)), None)
         self._header = False
-
-    def close(self) -> None:
-        """Nothing is left to do."""
-
-
-class Beside:
-    """Writes ``cat.txt`` beside ``cat.png``, a caption a line; one that is there stays."""
-
-    def __init__(self, names: Sequence[str], *, fresh: bool) -> None:
-        """Raises DataError for pictures in shards, and for two that would share a file."""
-        owners: dict[Path, str] = {}
-        for name in names:
-            if ":" in name and not Path(name).exists() and Path(name.split(":")[0]).is_file():
-                raise DataError(f"{name}: a picture in a shard has no place beside it; use --format jsonl or csv")
-            other = owners.setdefault(_beside(name), name)
-            if other != name:
-                raise DataError(f"{name}: would share {_beside(name)} with {other}; use --format jsonl or csv")
-        self.done = set() if fresh else {name for path, name in owners.items() if path.is_file()}
-        self.summary = _summary([])
-        for name in self.done:
-            for line in _beside(name).read_text("utf-8", errors="replace").splitlines():
-                self.summary.add(line)
-
-    def add(self, name: str, found: Sequence[Caption]) -> None:
-        """Write one picture's file."""
-        write_text("".join(f"{one.text}\n" for one in found), _beside(name))
-        _count(self.summary, _row(name, found))
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -105,15 +82,16 @@ class Journal:
         if not fresh:
             rows = _read_lines(self.path) if self.path.is_file() else _read_finished(output, written)
         self.done = {row["path"] for row in rows}
-        self.summary = _summary(row for row in rows if row["path"] in set(names))
+        self.kept: set[str] = set()
+        self.summary = summary_of(row for row in rows if row["path"] in set(names))
         # Rewritten, since a killed run may have left half a line.
         write_text("".join(rendered(rows, "jsonl")), self.path)
         self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def add(self, name: str, found: Sequence[Caption]) -> None:
         """Write one picture's captions to the journal."""
-        row = _row(name, found)
-        _count(self.summary, row)
+        row = row_of(name, found)
+        count(self.summary, row)
         self._file.write("".join(rendered([row], "jsonl")))
         self._file.flush()
 
@@ -146,27 +124,45 @@ def rendered(rows: Iterable[Row], form: str, *, header: bool = True) -> Iterator
         yield buffer.getvalue()
 
 
-def _row(name: str, found: Sequence[Caption]) -> Row:
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Raises DataError that names what is being made where what leads to it can't be written."""
+    try:
+        yield
+    except OSError as problem:
+        raise DataError(f"{target}: can't be written ({problem.strerror or problem})") from problem
+
+
+def check_settings(old: Mapping[str, Any], new: Mapping[str, Any], *, where: str, way_out: str) -> None:
+    """Raises ConfigError, which names the first setting that differs from those that captions were made with."""
+    changed = next((name for name in new if name in old and old[name] != new[name]), None)
+    if changed is not None:
+        raise ConfigError(
+            f"{where}: holds captions of an earlier run with {changed} {old[changed]!r}, and now it is "
+            f"{new[changed]!r}; {way_out}"
+        )
+
+
+def row_of(name: str, found: Sequence[Caption]) -> Row:
+    """A picture's captions as JSON values."""
     captions = [{"caption": one.text} | ({} if one.score is None else {"score": round(one.score, 4)}) for one in found]
     return {"path": name, "captions": captions}
 
 
-def _summary(rows: Iterable[Row]) -> Summary:
+def summary_of(rows: Iterable[Row]) -> Summary:
+    """Length and repetition of all captions in some rows."""
     from vlm.tasks.caption import Summary
 
     summary = Summary()
     for row in rows:
-        _count(summary, row)
+        count(summary, row)
     return summary
 
 
-def _count(summary: Summary, row: Row) -> None:
+def count(summary: Summary, row: Row) -> None:
+    """Add a row's captions to a summary."""
     for one in row["captions"]:
         summary.add(one["caption"])
-
-
-def _beside(name: str) -> Path:
-    return Path(name).with_suffix(".txt")
 
 
 def _read_lines(path: Path) -> list[Row]:
