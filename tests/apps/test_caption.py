@@ -108,7 +108,7 @@ def test_csv(caption: Run, pictures: Path, tmp_path: Path) -> None:
     expected = said(*sorted(pictures.iterdir()), sequences=2)
     flat = [[path, str(rank), text] for path, texts in expected.items() for rank, text in enumerate(texts, 1)]
     assert [row[:3] for row in rows[1:]] == flat
-    assert [path.name for path in file.parent.iterdir()] == ["found.csv"]
+    assert sorted(path.name for path in file.parent.iterdir()) == [".found.csv.settings", "found.csv"]
     again = caption(pictures, "-f", "csv", "-n", 2)
     assert again.out == file.read_text("utf-8")
 
@@ -190,8 +190,10 @@ def test_it_goes_on_where_it_stopped(
     monkeypatch.setattr(Captioner, "caption_pixels", breaks)
     stopped = caption(pictures, "-o", file, "--batch-size", 1)
     assert stopped.code == 130 and not file.exists()
-    (journal,) = tmp_path.glob(".found.jsonl.*.part")
-    assert lines_of(journal.read_text("utf-8")) == dict(list(lines_of(whole).items())[:2])
+    (journal,) = tmp_path.glob(".found.jsonl.part")
+    first, _, rest = journal.read_text("utf-8").partition("\n")
+    assert json.loads(first)["settings"]["strategy"] == "beam"
+    assert lines_of(rest) == dict(list(lines_of(whole).items())[:2])
     with journal.open("a") as torn:
         torn.write('{"path": "half a l')
     done = caption(pictures, "-o", file, "--batch-size", 2)
@@ -201,12 +203,50 @@ def test_it_goes_on_where_it_stopped(
     assert not journal.exists()
 
 
-def test_other_settings_start_anew(caption: Run, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_other_settings_are_refused(caption: Run, pictures: Path, tmp_path: Path, unfinished: bool) -> None:
+    file, journal = tmp_path / "found.jsonl", tmp_path / ".found.jsonl.part"
+    assert caption(pictures / "red.png", "-o", file, "--prompt", "a").code == 0
+    before = file.read_bytes()
+    if unfinished:
+        journal.write_bytes((tmp_path / ".found.jsonl.settings").read_bytes() + before)
+        file.unlink()
+    for options, said in (
+        (("--prompt", "a", "--strategy", "greedy"), "strategy 'beam', and now it is 'greedy'"),
+        (("--prompt", "the"), "prompt 'a', and now it is 'the'"),
+    ):
+        done = caption(pictures, "-o", file, *options)
+        assert done.code == 2 and f"{file}: holds captions of an earlier run with {said}" in done.err
+        assert "another --output, or write all anew with --fresh" in done.err
+        assert (journal if unfinished else file).read_bytes().endswith(before)
+    done = caption(pictures, "-o", file, "--prompt", "a", "--batch-size", 1)
+    assert done.code == 0 and "1 of them from before" in done.err and not journal.exists()
+    assert caption(pictures, "-o", file, "--fresh").code == 0
+    assert "5 of them from before" in caption(pictures, "-o", file).err
+
+
+def test_unknown_settings_are_said(caption: Run, pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "found.jsonl"
-    (tmp_path / ".found.jsonl.0123.part").write_text("other settings' own\n")
-    assert caption(pictures, "-o", file).code == 0
-    assert len(lines_of(file.read_text("utf-8"))) == 5
-    assert (tmp_path / ".found.jsonl.0123.part").exists()
+    assert caption(pictures / "red.png", "-o", file).code == 0
+    (tmp_path / ".found.jsonl.settings").unlink()
+    done = caption(pictures, "-o", file, "--strategy", "greedy")
+    assert done.code == 0 and "nothing tells with which settings" in done.err and "1 of them from before" in done.err
+
+
+def test_a_full_disk_is_told_by_the_result_s_name(
+    caption: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path.open
+
+    def full(self: Path, *rest: Any, **more: Any) -> Any:
+        if ".part" in self.name:
+            raise OSError(28, "No space left on device", str(self))
+        return own(self, *rest, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    done = caption(pictures, "-o", tmp_path / "found.jsonl")
+    assert done.code == 2 and f"{tmp_path / 'found.jsonl'}: can't be written (No space left" in done.err
+    assert ".part" not in done.err
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
 
 from vlm.apps.common import write_text
 from vlm.errors import ConfigError, DataError
@@ -66,39 +67,43 @@ class Terminal:
 class Journal:
     """A file that appears whole at the end; until then a journal beside it, from which the next run goes on.
 
-    The journal is named by the settings too, so that captions of different settings are never mixed unfinished.
+    The settings stand in the journal's first line, and those of a finished file in a hidden one beside it.
     """
 
-    def __init__(self, output: Path, form: str, names: Sequence[str], settings: Any, *, fresh: bool) -> None:
+    def __init__(
+        self, output: Path, form: str, names: Sequence[str], settings: Mapping[str, Any], *, fresh: bool
+    ) -> None:
         """Take up the journal, or else the finished file, of an earlier run; fresh: leave what it wrote behind.
 
-        Raises DataError if it can't be read, or something else than captions stands there.
+        Raises DataError if it can't be read, or something else than captions stands there, ConfigError where it was
+        made with other settings.
         """
-        self.output, self.form = output, form
+        self.output, self.form, self._settings = output, form, settings
+        self.path, self._about = (output.with_name(f".{output.name}.{ending}") for ending in ("part", "settings"))
         written = _written_form(output)
-        digest = hashlib.sha256(json.dumps([form, settings], sort_keys=True).encode()).hexdigest()[:12]
-        self.path = output.with_name(f".{output.name}.{digest}.part")
-        rows: list[Row] = []
-        if not fresh:
-            rows = _read_lines(self.path) if self.path.is_file() else _read_finished(output, written)
+        rows = [] if fresh else self._take_up(written)
         self.done = {row["path"] for row in rows}
         self.kept: set[str] = set()
         self.summary = summary_of(row for row in rows if row["path"] in set(names))
+        begun = self._first_line() + "".join(rendered(rows, "jsonl"))
         # Rewritten, since a killed run may have left half a line.
-        write_text("".join(rendered(rows, "jsonl")), self.path)
-        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        write_file(self.path, lambda file: file.write(begun.encode("utf-8", "backslashreplace")), named=output)
+        with writing(output):
+            self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def add(self, name: str, found: Sequence[Caption]) -> None:
         """Write one picture's captions to the journal."""
         row = row_of(name, found)
         count(self.summary, row)
-        self._file.write("".join(rendered([row], "jsonl")))
-        self._file.flush()
+        with writing(self.output):
+            self._file.write("".join(rendered([row], "jsonl")))
+            self._file.flush()
 
     def close(self) -> None:
         """Make the file of the journal, if anything is in it."""
-        self._file.close()
-        rows = _read_lines(self.path)
+        with writing(self.output):
+            self._file.close()
+            _, rows = _read_journal(self.path)
 
         def write(file: Any) -> None:
             for part in rendered(rows, self.form):
@@ -106,7 +111,24 @@ class Journal:
 
         if rows:
             write_file(self.output, write)
+            about = self._first_line().encode()
+            write_file(self._about, lambda file: file.write(about), named=self.output)
         self.path.unlink()
+
+    def _take_up(self, form: str) -> list[Row]:
+        """The rows of an earlier run that was made with the same settings."""
+        held, rows = _read_journal(self.path)
+        if not rows:
+            held, rows = _read_journal(self._about)[0], _read_finished(self.output, form)
+        if rows and not held:
+            typer.echo(f"{self.output}: nothing tells with which settings its captions were made; going on", err=True)
+        elif rows:
+            way_out = "name another --output, or write all anew with --fresh"
+            check_settings(held, self._settings, where=str(self.output), way_out=way_out)
+        return rows
+
+    def _first_line(self) -> str:
+        return json.dumps({"settings": dict(self._settings)}) + "\n"
 
 
 def rendered(rows: Iterable[Row], form: str, *, header: bool = True) -> Iterator[str]:
@@ -165,10 +187,22 @@ def count(summary: Summary, row: Row) -> None:
         summary.add(one["caption"])
 
 
-def _read_lines(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines, but half of one at its end."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # behind the last end of line is half a row, or nothing
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+def _rows(content: bytes, where: str, number: int = 1) -> list[Row]:
+    """The rows of JSON lines, but half of one at the end. number: of the first line, for errors."""
+    lines = content.split(b"\n")[:-1]  # behind the last end of line is half a row, or nothing
+    return [_parsed(line, f"{where}, line {place}") for place, line in enumerate(lines, number)]
+
+
+def _read_journal(path: Path) -> tuple[Mapping[str, Any], list[Row]]:
+    """The settings of an unfinished run and its rows; both empty where there is none."""
+    if not path.is_file():
+        return {}, []
+    first, _, rest = path.read_bytes().partition(b"\n")
+    try:
+        settings = dict(json.loads(first)["settings"])
+    except (ValueError, KeyError, TypeError):
+        return {}, []  # not a line of it was finished
+    return settings, _rows(rest, str(path), 2)
 
 
 def _written_form(path: Path) -> str:
@@ -191,7 +225,7 @@ def _read_finished(path: Path, form: str) -> list[Row]:
     if not form:
         return []
     if form == "jsonl":
-        return _read_lines(path)
+        return _rows(path.read_bytes(), str(path))
     text = path.read_text("utf-8", errors="replace")
     rows: dict[str, Row] = {}
     for number, line in enumerate(list(csv.reader(io.StringIO(text)))[1:], 1):
