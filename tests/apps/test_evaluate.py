@@ -121,6 +121,7 @@ def test_retrieval_with_re_ranking(run: Run, classes: Path, tmp_path: Path, monk
     assert f"pairs run: {written['rerank']['pairs']}" in done.out
     whole = run(*where, "pairs")
     assert whole.code == 0 and "pairs run: 9" in whole.out and "by itm, %" in whole.out
+    assert "9 pairs of a picture and a text to run, each of them whole; fewer with a smaller --gallery" in whole.err
     assert run(*where, "pairs", "--rerank", 2).code == 2
     wrong = run(*where, "fused", "--rerank", 2, "--score", "mean")
     assert wrong.code == 2 and "itm+itc" in wrong.err

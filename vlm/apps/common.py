@@ -146,6 +146,24 @@ def check_output(output: Path | None, *, folder: bool = False, inputs: Iterable[
         raise ConfigError(f"{output}: is one of the inputs{named}, which the result would replace; name another file")
 
 
+def pair_progress(advice: str = "") -> Callable[[int, int], None]:
+    """Tells on stderr how many pairs a cross-encoder will run, with advice behind it, then their rate and time left."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            typer.echo(f"{total:,} pairs of a picture and a text to run{advice}", err=True)
+            bar = tqdm(total=total, unit=" pairs", disable=None, file=sys.stderr, dynamic_ncols=True)
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown, columns aligned."""
     cells = [list(map(str, header)), *([str(value) for value in row] for row in rows)]

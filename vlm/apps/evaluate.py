@@ -18,6 +18,7 @@ from vlm.apps.common import (
     check_output,
     load_model,
     log_warnings,
+    pair_progress,
     percent,
     read_templates,
     table,
@@ -109,9 +110,11 @@ def retrieval(
     by = check_rerank(rerank, score)
     source = open_source(data)
     more = open_source(distractors) if distractors else None
+    loaded = load_model(model, device)
+    advice = "" if loaded.can("encode_image") else f", each of them whole; fewer with a smaller --gallery than {gallery}"
     report = evaluate_retrieval(
-        load_model(model, device), source, distractors=more, gallery=gallery, galleries=galleries,
-        rerank=rerank, score=by, seed=seed,
+        loaded, source, distractors=more, gallery=gallery, galleries=galleries,
+        rerank=rerank, score=by, seed=seed, progress=pair_progress(advice),
     )  # fmt: skip
     header = ["direction", "measure", f"by {report.score}, % [95 % interval]", "chance %"]
     rows = [
