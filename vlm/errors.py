@@ -50,9 +50,16 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def reason(error: BaseException) -> str:
+    """Return what an exception says, on one line and in words: a bare KeyError only holds a name."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    return " ".join(str(getattr(error, "strerror", "") or error).split())[:300] or type(error).__name__
+
+
 def counted(number: int, thing: str, plural: str = "") -> str:
-    """Return a number with what it counts: ``1 picture``, ``2 pictures``; plural: where that takes more than an s."""
-    return f"{number} {thing if number == 1 else plural or thing + 's'}"
+    """Return a number with what it counts: ``1 picture``, ``1,944 pictures``; plural: where an s won't do."""
+    return f"{number:,} {thing if number == 1 else plural or thing + 's'}"
 
 
 def with_article(word: str) -> str:

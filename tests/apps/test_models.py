@@ -164,6 +164,11 @@ def test_demo(run: Run, model: str, examples: Path) -> None:
         assert f"{examples / f'{number}.png'}\n  {caption}\n" in said
 
 
+def test_demo_refuses_a_captioner_that_can_t_speak_first(run: Run, model: str, examples: Path) -> None:
+    done = run("demo", examples / "0.png", "--model", model, "--captioner", model)
+    assert done.code == 2 and "has no generate" in done.err and not done.out
+
+
 def test_demo_of_own_pictures_needs_no_data(
     run: Run, model: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,23 @@ def test_damaged_files(tmp_path, suffix):
             read_tensors(path)
 
 
+def test_what_is_wrong_is_said_in_words(tmp_path):
+    path, run = tmp_path / "model.pt", tmp_path / "run"
+    own = run / "checkpoints" / "step-00000002" / "model" / "model.safetensors"
+    path.write_bytes(b"co:\xcf\n")
+    with pytest.raises(WeightsError, match=r"model\.pt: damaged or not a checkpoint \([^()]*\); fetch it again$"):
+        read_tensors(path)
+    own.parent.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    own.write_bytes(b"half")
+    with pytest.raises(WeightsError, match=r"earlier step in .*run.checkpoints, or train again$"):
+        read_tensors(own)
+    saved(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"family": "clip"}')
+    with pytest.raises(WeightsError, match=r"not a model's configuration \('config' is missing\)"):
+        vlm.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [

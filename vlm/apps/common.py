@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from vlm import files
-from vlm.errors import ConfigError, DataError, WeightsError
+from vlm.errors import ConfigError, DataError, WeightsError, counted
 
 DEFAULT_MODEL = "tiny-clip"
 DEFAULT_CAPTIONER = "tiny-blip"
@@ -155,7 +155,7 @@ def pair_progress(advice: str = "") -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            typer.echo(f"{total:,} pairs of a picture and a text to run{advice}", err=True)
+            typer.echo(f"{counted(total, 'pair')} of a picture and a text to run{advice}", err=True)
             bar = tqdm(total=total, unit=" pairs", disable=None, file=sys.stderr, dynamic_ncols=True)
         bar.update(done - bar.n)
         if done == total:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from vlm.apps.common import DEFAULT_MODEL, Device, Model, check_output, load_model, log_warnings
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, counted
 
 Method = Annotated[
     str,
     typer.Option(
-        help="grad-cam (ALBEF), plan (ViLT), cam, relevance or rollout (CLIP); auto for the first that the model has, "
-        "as in its paper. By `vlm eval pointing` tiny-albef points best by cam (47 % right), hardly by grad-cam (28 %)."
+        help="grad-cam (ALBEF), plan (ViLT), cam, relevance or rollout (CLIP); auto for the first that the model has. "
+        "tiny-albef points better by cam than by grad-cam: in 47 and 28 of 100 collages of four (chance 25)."
     ),
 ]
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -49,7 +49,9 @@ def explain(
     found = task.explain(loaded, picture, text, method=method, layer=layer)
     page = task.explanation_picture(loaded, picture, found)
     write_file(out, lambda file: page.save(file, form))
-    typer.echo(f"{out}: {loaded.name}, {found.method}" + (f", {len(found.words)} words" if found.words else ""))
+    typer.echo(
+        f"{out}: {loaded.name}, {found.method}" + (f", {counted(len(found.words), 'word')}" if found.words else "")
+    )
     others = [name for name in methods(loaded) if name != found.method]
     if method == "auto" and others:
         typer.echo(

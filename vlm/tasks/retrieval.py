@@ -131,7 +131,7 @@ def evaluate_retrieval(
     whole = not model.can("encode_image") and model.can("match")
     if whole and (rerank or score != "itm"):
         raise ConfigError(
-            f"{model.name} is a {model.family} model without features to choose candidates by: it ranks the whole "
+            f"{model.name} is {model.kind} without features to choose candidates by: it ranks the whole "
             "gallery by its pairs' matched logits; drop rerank and score, and bound the cost with gallery"
         )
     features, pairs, own = _read(model, source, distractors, paired=bool(rerank) or whole)

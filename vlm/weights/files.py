@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import ConfigError, WeightsError, reason
 from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
@@ -99,7 +99,12 @@ def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
                 f"{path}: a TorchScript program, which isn't run here; its weights come with "
                 "open_clip:ARCH/openai (such as open_clip:ViT-B-32/openai), or save its state dict as safetensors"
             ) from error
-        raise WeightsError(f"{path}: damaged or not a checkpoint ({error!r:.200}); fetch it again") from error
+        said = (
+            reason(error)
+            if isinstance(error, (SafetensorError, RuntimeError, OSError, EOFError))
+            else "no tensors there"
+        )
+        raise WeightsError(f"{path}: damaged or not a checkpoint ({said}); {_remedy(path)}") from error
     for name in ("state_dict", "model", "module"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -109,6 +114,14 @@ def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
     return {name: value for name, value in named.items() if not (without and name.startswith(without))}
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged file; what one's own run has written can't be fetched."""
+    run = next((folder for folder in list(path.parents)[1:4] if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        return "fetch it again"
+    return f"take the model of an earlier step in {run / 'checkpoints'}, or train again"
 
 
 def _load_without(path: Path, start: str) -> dict[str, Tensor]:
@@ -322,7 +335,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: can't be read ({error})") from error
+        raise WeightsError(f"{path}: can't be read ({reason(error)})") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
