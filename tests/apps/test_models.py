@@ -112,6 +112,8 @@ def test_export_of_an_official_albef(run: Run, tmp_path: Path) -> None:
     assert set(found) == {name for name in stored if not any(part in name for part in only_training)}
     for name, value in found.items():
         torch.testing.assert_close(value, stored[name], msg=lambda text, name=name: f"{name}: {text}")
+    refused = run("export", "--model", first, "--to", "official", "--out", first)
+    assert refused.code == 2 and "is one of the inputs" in refused.err
     refused = run("export", "--model", first, "--to", "hf", "--out", tmp_path / "hf")
     assert refused.code == 2 and "CLIPModel" in refused.err and not (tmp_path / "hf").exists()
 
