@@ -61,5 +61,5 @@ def test_an_answer_doesn_t_change_with_its_neighbours(kind: str) -> None:
 
 def test_models_that_answer_nothing_are_named() -> None:
     model = fused_model()
-    with pytest.raises(MissingVerbError, match="fused is a albef model and answers no questions"):
+    with pytest.raises(MissingVerbError, match="fused is an albef model and answers no questions"):
         write_answers(model, model.pixels(noise(1)), model.tokens("why"))

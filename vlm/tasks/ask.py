@@ -54,7 +54,7 @@ class Asker:
         network: Any = self.model.network
         if not hasattr(network, "begin") and not hasattr(network, "answer_step"):
             raise MissingVerbError(
-                f"{self.model.name} is a {self.model.family} model and answers no questions; stage 2 of BLIP-2 and a "
+                f"{self.model.name} is {self.model.kind} and answers no questions; stage 2 of BLIP-2 and a "
                 "vqa model can"
             )
         self.speaks = hasattr(network, "begin")
@@ -120,7 +120,7 @@ class Chat:
         self.seed = seed
         network: Any = self.model.network
         if not hasattr(network, "begin"):
-            raise MissingVerbError(f"{self.model.name} is a {self.model.family} model; only stage 2 of BLIP-2 chats")
+            raise MissingVerbError(f"{self.model.name} is {self.model.kind}; only stage 2 of BLIP-2 chats")
         if self.config.strategy == "beam" or self.config.sequences != 1:
             raise ConfigError("a chat writes one answer as it goes: strategy greedy or nucleus, sequences 1")
         with torch.inference_mode():

@@ -34,7 +34,7 @@ def write_answers(
     """
     network: Any = model.network
     if not hasattr(network, "answer_step"):
-        raise MissingVerbError(f"{model.name} is a {model.family} model and answers no questions; a vqa model can")
+        raise MissingVerbError(f"{model.name} is {model.kind} and answers no questions; a vqa model can")
     question, mask = network.question_states(pixels, tokens)
     start = model.tokenizer.start_id if network.config.dec_id is None else network.config.dec_id
     first = torch.full((len(pixels), 1), start, device=pixels.device)

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.errors import WeightsError
+from vlm.errors import WeightsError, reason
 from vlm.models.blip import Blip, BlipConfig
 from vlm.models.common_space import log_scale
 from vlm.models.transformer import TransformerConfig
@@ -91,7 +91,7 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
     try:
         theirs: Any = Theirs.from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise WeightsError(f"{where}: not a BLIP's configuration ({str(error)[:300]})") from error
+        raise WeightsError(f"{where}: not a BLIP's configuration ({reason(error)})") from error
     image, text = theirs.vision_config, theirs.text_config
     view, act = image_config(image, where=where), activation(text.hidden_act, where=where)
     words = TransformerConfig(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.errors import WeightsError
+from vlm.errors import WeightsError, reason
 from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.qformer import QFormerConfig
 from vlm.models.transformer import TransformerConfig
@@ -154,7 +154,7 @@ def read_config(kind: str, settings: Mapping[str, Any], where: str) -> Any:
     try:
         return getattr(transformers, kind).from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{where}: not a {kind} ({str(error)[:300]})") from error
+        raise WeightsError(f"{where}: not a {kind} ({reason(error)})") from error
 
 
 def qformer_config(
