@@ -15,8 +15,9 @@ from tests.models.small import close, far
 from tests.models.small_albef import ALBEF, batch, build
 from vlm.errors import ConfigError
 from vlm.models.albef import Albef, AlbefConfig
+from vlm.models.attention import Attention
 from vlm.models.clip import Clip, ClipConfig
-from vlm.models.transformer import Attention, Layer, Transformer
+from vlm.models.transformer import Layer, Transformer
 
 
 def test_defaults_are_the_papers() -> None:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from tests.models.small import CAUSAL, CROSS, ROUTES, SMALL, build, close, far, key_mask, pictures, words
 from vlm.errors import ConfigError
+from vlm.models.attention import Attention, attention_mask
 from vlm.models.transformer import (
-    Attention,
     KeyValues,
     KVCache,
     Transformer,
     TransformerConfig,
     activation,
-    attention_mask,
 )
 
 KINDS = pytest.mark.parametrize("config", [SMALL, CAUSAL, replace(SMALL, norm="pre"), replace(CAUSAL, norm="post")])

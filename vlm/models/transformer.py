@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import ConfigError, nearest
+from vlm.models.attention import Attention, Real, attention_mask, real_tokens
 from vlm.models.cache import KeyValues, KVCache
 
 Looked = KeyValues | tuple[KeyValues, KeyValues]
@@ -74,55 +75,6 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return lambda x: F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def attention_mask(
-    key_mask: Tensor | None, *, length: int, past: int, causal: bool, device: torch.device
-) -> Tensor | None:
-    """The boolean mask of a self-attention, true where a query may look.
-
-    Args:
-        key_mask: (B, past + length) true for real tokens, or None when none is padding.
-        length: new tokens, the queries.
-        past: tokens already in the cache, which every query may see. SDPA's own `is_causal` is aligned to
-            the top left, so it would hide them.
-        causal: whether a query sees only what stands before it.
-        device: where the mask is built.
-
-    Returns:
-        (B or 1, 1, length, past + length), or None when everything is seen.
-    """
-    mask = None if key_mask is None else key_mask[:, None, None, :].bool()  # (B, 1, 1, S)
-    if causal and length > 1:
-        order = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)  # (L, S)
-        mask = order[None, None] if mask is None else mask & order
-    return mask
-
-
-class Attention(nn.Module):
-    """Multi-head attention; keys and values come from the queries' own place (self) or another (cross)."""
-
-    def __init__(
-        self, width: int, heads: int, *, source_width: int = 0, dropout: float = 0.0, projects: bool = True
-    ) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(source_width or width, 2 * width) if projects else None
-        self.out = nn.Linear(width, width)
-
-    def keys_values(self, states: Tensor) -> KeyValues:
-        """Project what is looked at, (B, S, D), once; every query that meets it can share the result."""
-        pair = cast(nn.Linear, self.kv)(states).unflatten(-1, (2, self.heads, -1))  # (B, S, 2, H, D / H)
-        keys, values = pair.permute(2, 0, 3, 1, 4)  # each (B, H, S, D / H)
-        return KeyValues(keys, values)
-
-    def forward(self, x: Tensor, source: KeyValues, mask: Tensor | None = None) -> Tensor:
-        """Look from `x` (B, L, D) at `source`; `mask` is boolean, broadcast to (B, H, L, S)."""
-        query = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, L, D / H)
-        drop = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, *source, attn_mask=mask, dropout_p=drop)
-        return self.out(mixed.transpose(1, 2).flatten(2))  # (B, L, D)
-
-
 class FeedForward(nn.Module):
     """Two linear maps with an activation between."""
 
@@ -173,13 +125,14 @@ class Layer(nn.Module):
         cache: KVCache | None = None,
         route: str = "text",
         queries: int = 0,
+        real: Real | None = None,
     ) -> Tensor:
-        """One layer over (B, L, D); the arguments are those of `Transformer.forward`."""
+        """One layer over (B, L, D), or (M, D) of `real` tokens; the arguments are those of `Transformer.forward`."""
         norm = self.self_norm if route not in self.route_norm else cast(nn.LayerNorm, self.route_norm[route])
-        x = self._add(x, norm, lambda y: self._look_at_self(y, mask, cache, route))
+        x = self._add(x, norm, lambda y: self._look_at_self(y, mask, cache, route, real))
         if self.cross_attn is not None and image is not None:
             seen, rest = (x[:, :queries], x[:, queries:]) if queries else (x, x[:, :0])
-            seen = self._add(seen, self.cross_norm, lambda y: self._look_at_image(y, image, image_mask))
+            seen = self._add(seen, self.cross_norm, lambda y: self._look_at_image(y, image, image_mask, real))
             x = torch.cat([seen, rest], dim=1) if queries else seen
         if not queries or "query" not in self.mlp:
             return self._feed(x, "text")
@@ -194,26 +147,19 @@ class Layer(nn.Module):
     def _feed(self, x: Tensor, route: str) -> Tensor:
         return self._add(x, self.mlp_norm[route], self.mlp[route])
 
-    def _look_at_self(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, route: str) -> Tensor:
+    def _look_at_self(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, route: str, real: Real | None
+    ) -> Tensor:
         attention = cast(Attention, self.self_attn[route])
-        states = attention.keys_values(x)
-        return attention(x, states if cache is None else cache.append(self.index, states), mask)
+        states = attention.keys_values(x, real)
+        return attention(x, states if cache is None else cache.append(self.index, states), mask, real=real)
 
-    def _look_at_image(self, x: Tensor, image: Looked, mask: Tensor | None) -> Tensor:
+    def _look_at_image(self, x: Tensor, image: Looked, mask: Tensor | None, real: Real | None) -> Tensor:
         cross = cast(Attention, self.cross_attn)
         if isinstance(image, KeyValues):
-            return self._look(cross, x, image, mask)
-        both = [self._look(one, x, kv, mask) for one, kv in zip((cross, self.cross_other), image, strict=True)]
+            return cross(x, image, mask, real=real)
+        both = [one(x, kv, mask, real=real) for one, kv in zip((cross, self.cross_other), image, strict=True)]
         return (both[0] + both[1]) / 2 if self.cross_merge is None else self.cross_merge(torch.cat(both, dim=-1))
-
-    def _look(self, cross: Attention, x: Tensor, image: KeyValues, mask: Tensor | None) -> Tensor:
-        # Several texts (beams, candidates) of one image stand in a row: they become more queries of the same
-        # keys and values, so that these are never copied.
-        images, (batch, length, _) = len(image.keys), x.shape
-        if batch % images:
-            raise ValueError(f"{batch} texts can't share {images} images evenly; repeat texts or images")
-        rows = x.reshape(images, batch // images * length, -1)  # (images, texts * L, D)
-        return cross(rows, image, mask).reshape(batch, length, -1)
 
 
 class Transformer(nn.Module):
@@ -285,7 +231,8 @@ class Transformer(nn.Module):
             layers: the layers to run, such as ``slice(6)`` for ALBEF's text half.
 
         Returns:
-            (B, L, D) states, after the final norm if the last layer was run and there is one.
+            (B, L, D) states, after the final norm if the last layer was run and there is one; those of padding mean
+            nothing.
 
         Raises:
             ValueError: the config has no self-attention called `route`.
@@ -294,21 +241,22 @@ class Transformer(nn.Module):
             known = ", ".join(self.config.self_routes)
             raise ValueError(f"unknown route {route!r}{nearest(route, self.config.self_routes)}; it has {known}")
         past = cache.length if cache is not None else 0
+        real = None if key_mask is None or cache is not None or queries else real_tokens(key_mask)
         if mask is None:
             causal = self.config.causal if causal is None else causal
             mask = attention_mask(key_mask, length=x.shape[1], past=past, causal=causal, device=x.device)
+        x = x if real is None else real.pack(x)
         chosen = cast("list[Layer]", list(self.layers)[layers])
         # Recomputing a layer would extend the cache a second time.
         recompute = self.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in chosen:
             seen = image[layer.index] if image is not None else None
-            run = partial(
-                layer, mask=mask, image=seen, image_mask=image_mask, cache=cache, route=route, queries=queries
-            )
+            looks = {"image": seen, "image_mask": image_mask, "queries": queries}
+            run = partial(layer, mask=mask, cache=cache, route=route, real=real, **looks)
             x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         if self.final_norm is not None and chosen and chosen[-1] is self.layers[-1]:
             x = self.final_norm(x)
-        return x
+        return x if real is None else real.pad(x)
 
 
 def _settled(pair: KeyValues) -> KeyValues:

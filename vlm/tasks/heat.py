@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import ConfigError, MissingVerbError, nearest
-from vlm.models.transformer import Attention
+from vlm.models.attention import Attention
 from vlm.objectives.wpa import cosine_cost
 from vlm.weights.loaded import VisionLanguageModel
 
