@@ -1,4 +1,4 @@
-"""`vlm reproduce albef`: its table after each run, and what it refuses."""
+"""`vlm reproduce`: its table after each run, and what it refuses."""
 
 from __future__ import annotations
 
@@ -45,6 +45,49 @@ def test_the_table_lies_beside_the_runs_if_nothing_else_is_said(run: Run, stubbe
     assert run(*where, "--seeds", "1").code == 0  # what stands there stays in the table
     results = json.loads((tmp_path / "out" / "table.json").read_text("utf-8"))["results"]
     assert len(results) == 8 and {one["seed"] for one in results} == {0, 1}
+
+
+def test_blip2_goes_on_from_its_table(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Options reach both stages; models of reference stand in the table without seeds, and are measured once."""
+    trained: list[list[str]] = []
+    measured: list[str] = []
+
+    def train(stage: str, where: Path, settings: list[str], *_: object) -> None:
+        where.mkdir(parents=True)
+        trained.append(settings)
+
+    def reference(name: str, *_: object) -> dict[str, float]:
+        measured.append(name)
+        return {"cider": 0.25, "parameters": 2_000_000}
+
+    place = "vlm.tasks.reproduce.blip2."
+    monkeypatch.setattr("vlm.tasks.reproduce.grid._train", train)
+    monkeypatch.setattr(f"{place}_prepare", lambda out, cell, seed, stage1, device: [f"start={stage1}"])
+    monkeypatch.setattr(f"{place}measure", lambda where, *_: {"cider": 0.5, "trained": 1e6, "parameters": 9e6})
+    monkeypatch.setattr(f"{place}measure_reference", reference)
+    where = ("reproduce", "blip2", "--steps", "7,5", "--batch", "6,4", "--captioned", "3", "--start", "tiny-clip")
+    done = run(*where, "--out", tmp_path / "a", "--table", tmp_path / "table", "--seeds", "0,1")
+    assert done.code == 0, done.err
+    page = (tmp_path / "table.md").read_text("utf-8")
+    assert page in done.out
+    rows = [line.split(" | ") for line in page.splitlines()]
+    assert rows[2] == [
+        "| ITC + ITM + ITG, then stage 2", "7 + 5", "2", *["-"] * 5, "50.0 [50.0, 50.0]", "1.0", "9.0 |",
+    ]  # fmt: skip
+    assert rows[-1] == ["| tiny-blip", "none, as shipped", "-", *["-"] * 5, "25.0", "-", "2.0 |"]
+    assert len(trained) == 6 and all("train.steps=5" in one and "loader.batch_size=4" in one for one in trained)
+    assert all("train.steps=7" in one[-1] and "loader.batch_size=6" in one[-1] for one in trained)
+    assert all('["tiny-clip"]' in one[-1] for one in trained)
+    again = run(*where, "--out", tmp_path / "b", "--table", tmp_path / "table", "--seeds", "1,2")
+    assert again.code == 0 and len(trained) == 9 and measured == ["tiny-clip", "tiny-albef", "tiny-blip"]
+    assert len(json.loads((tmp_path / "table.json").read_text("utf-8"))["results"]) == 9 + 3
+
+
+@pytest.mark.parametrize("given", [("--steps", "9"), ("--batch", "9,9,9"), ("--steps", "9,0"), ("--batch", "a,b")])
+def test_blip2_has_two_stages(run: Run, tmp_path: Path, given: tuple[str, str]) -> None:
+    done = run("reproduce", "blip2", "--out", tmp_path / "out", *given)
+    assert done.code == 2 and "expected" in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from vlm.errors import ConfigError, DataError
 from vlm.tasks.reproduce import grid
 from vlm.tasks.reproduce.albef import MEASURES, VARIANTS, cells_of, reproduce_albef
 from vlm.tasks.reproduce.albef import measure as measure_albef
-from vlm.tasks.reproduce.grid import PLACE, RESULT, Cell, as_table, read_results, run_grid, table_values
+from vlm.tasks.reproduce.grid import PLACE, REFERENCE, RESULT, Cell, as_table, read_results, run_grid, table_values
 from vlm.train.config import load_config, named_config
 from vlm.train.run import run_kind
 
@@ -90,6 +90,17 @@ def test_known_results_count_as_finished_and_stay(trained: Callable[..., Trained
     assert len(found) == 4 and found[:2] == known[:2]
     assert [one["seed"] for one in written[0]] == [0, 0, 7, 7]  # no known result is lost, none is told twice
     assert [one["seed"] for one in written[-1]] == [0, 0, 1, 1, 7, 7]
+
+
+def test_a_known_result_stands_for_its_own_cell_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    """Cells that were prepared otherwise may have the same settings."""
+    cells = [Cell(row, "prepared", ()) for row in ("one", "two")]
+    more = {"seeds": [0], "recipe": RECIPE, "measure": measure}
+    trained()
+    known = run_grid("albef", cells[:1], out=tmp_path / "there", **more)  # type: ignore[arg-type]
+    again = trained()
+    found = run_grid("albef", cells, out=tmp_path / "here", known=known, **more)  # type: ignore[arg-type]
+    assert again.runs == ["two-prepared-seed-0"] and [one["row"] for one in found] == ["one", "two"]
 
 
 def test_each_result_says_where_it_was_made(
@@ -194,6 +205,11 @@ def test_the_table_by_hand() -> None:
     # 10, 20, 30: mean 20, standard error 10 / sqrt(3), times 4.303.
     assert table[2] == "| a | clean | 3 | 20.0 [-4.8, 44.8] | - |"
     assert table[3] == "| b | clean | 1 | 40.0 | 25.0 |"
+    results = [result("a", 0, r=0.1, n=2_460_000.0), result("c", 0, r=0.5) | {REFERENCE: True}]
+    table = as_table(results, {"r": "R@1"}, column="of", counts={"n": "n, M"}).splitlines()
+    assert [table[0], *table[2:]] == [
+        "| setting | of | seeds | R@1 | n, M |", "| a | clean | 1 | 10.0 | 2.5 |", "| c | clean | - | 50.0 | - |",
+    ]  # fmt: skip
 
 
 def test_albefs_grid(trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

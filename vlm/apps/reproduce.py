@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,38 @@ def blip(
     typer.echo(as_table(results, MEASURES))
 
 
+@app.command()
+def blip2(
+    out: Runs = Path("runs/reproduce-blip2"),
+    seeds: Seeds = "0,1,2",
+    steps: Annotated[str, typer.Option(help="Optimiser steps of stage 1 and of stage 2.")] = "200,60",
+    batch: Annotated[str, typer.Option(help="Samples of a step of stage 1 and of stage 2.")] = "64,64",
+    captioned: Annotated[int, typer.Option(min=0, help="Test pictures that are captioned; 0 for all.")] = 0,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(help="What image encoder and Q-Former begin as, later ones over earlier; tiny-clip and minilm."),
+    ] = None,
+    precision: Precision = "auto",
+    table: Table = None,
+    threads: Threads = 0,
+    device: Device = "auto",
+) -> None:
+    """Stage 2 with and without stage 1, stage 1 with and without ITG (BLIP-2, figure 5 and table 6)."""
+    from vlm.tasks.reproduce.blip2 import COLUMN, COUNTS, MEASURES, STARTS, Sizes, reproduce_blip2
+    from vlm.tasks.reproduce.grid import as_table
+
+    _begin(threads)
+    place = table or out / TABLE
+    sizes = Sizes(*_two(steps, "--steps"), *_two(batch, "--batch"), captioned)
+    shown = partial(as_table, measures=MEASURES, column=COLUMN, counts=COUNTS)
+    results = reproduce_blip2(
+        out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], sizes=sizes, start=start or STARTS,
+        precision=precision, known=_known(place), device=device,
+        after=lambda found: _write(found, shown(found), place),
+    )  # fmt: skip
+    typer.echo(shown(results))
+
+
 def _begin(threads: int) -> None:
     import torch
 
@@ -119,3 +152,15 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
     except ValueError as error:
         expected = "whole numbers" if whole else "numbers"
         raise ConfigError(f"{option} {text!r}: expected {expected} joined by commas, such as 0,1,2") from error
+
+
+def _two(text: str, option: str) -> tuple[int, int]:
+    """The numbers of stage 1 and of stage 2."""
+    from vlm.errors import ConfigError
+
+    found = [int(number) for number in _numbers(text, option, whole=True)]
+    if len(found) != 2:
+        raise ConfigError(
+            f"{option} {text!r}: expected two numbers, that of stage 1 and that of stage 2, such as 64,32"
+        )
+    return found[0], found[1]

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from vlm.train.config import load_config, named_config, to_yaml
 from vlm.train.distributed import ranks
 from vlm.train.environment import surroundings
 from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
+from vlm.weights.files import CONFIG
 
 logger = logging.getLogger("vlm.reproduce")
 
 RESULT = "result.json"
 PLACE = "surroundings"
 """Of a result: machine and package versions that it was made with. A table's file lists each once, by number."""
+REFERENCE = "reference"
+"""Of a result: whether its model was only measured, see `vlm.tasks.reproduce.references`."""
 Measure = Callable[[Path], dict[str, float]]
-"""The folder of a finished run to its figures, shares from 0 to 1."""
+"""The folder of a finished run to its figures: shares from 0 to 1, and counts."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,7 @@ def run_grid(
         for cell in cells:
             run = out / f"{cell.folder}-seed-{seed}"
             settings = [*recipe, *cell.changes, f"train.seed={seed}"]
-            result = next((one for one in known if one["settings"] == settings), None) or _finished(
-                run, settings, whole
-            )
+            result = _known(known, cell, settings) or _finished(run, settings, whole)
             if result is None:
                 logger.info("run %d of %d: %s, %s, seed %d", len(found) + 1, total, cell.row, cell.column, seed)
                 places = list(prepare(cell, seed)) if prepare is not None else []
@@ -144,8 +145,7 @@ def _placed(result: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(stage: str, recipe: Sequence[str], prepared: Sequence[str]) -> str:
     """What tells one recipe from another, the settings of the `tiny` file included."""
-    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(recipe))
-    return hashlib.sha256("\n".join([to_yaml(config), *prepared]).encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256("\n".join([to_yaml(_config(stage, recipe)), *prepared]).encode("utf-8")).hexdigest()[:16]
 
 
 def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: str) -> None:
@@ -161,6 +161,12 @@ def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe:
             )
 
 
+def _known(known: Sequence[dict[str, Any]], cell: Cell, settings: list[str]) -> dict[str, Any] | None:
+    """The cell's own result; cells that differ by what was prepared for them have the same settings."""
+    own = (cell.row, cell.column, settings)
+    return next((one for one in known if (one["row"], one["column"], one["settings"]) == own), None)
+
+
 def _finished(run: Path, settings: list[str], whole: str) -> dict[str, Any] | None:
     path = run / RESULT
     if not path.is_file():
@@ -171,30 +177,77 @@ def _finished(run: Path, settings: list[str], whole: str) -> dict[str, Any] | No
     return result
 
 
-def _train(stage: str, run: Path, settings: list[str], device: str) -> None:
+def train_part(stage: str, run: Path, settings: Sequence[str], device: str) -> Path:
+    """Train what cells begin as, once, going on where it was broken off; returns its model's folder.
+
+    Its checkpoints are dropped when it is finished. Raises ConfigError where `run` was begun with other settings.
+    """
+    model = run / "model"
+    if (model / CONFIG).is_file():
+        _begun(stage, run, _config(stage, settings))
+        return model
+    logger.info("training %s", run)
+    _train(stage, run, settings, device)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return model
+
+
+def _train(stage: str, run: Path, settings: Sequence[str], device: str) -> None:
     with ranks(device) as here:
-        resume = (run / "config.yaml").is_file()
-        config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), settings)
-        if resume and read_run_config(stage, run) != config:
-            raise ConfigError(f"{run}: was begun with other settings; choose another --out, or delete this folder")
-        train_stage(config, run, here, resume=resume, progress=False)
+        config = _config(stage, settings)
+        begun = _begun(stage, run, config)
+        train_stage(begun or config, run, here, resume=begun is not None, progress=False)
 
 
-def as_table(results: Sequence[dict[str, Any]], measures: dict[str, str]) -> str:
+def _config(stage: str, settings: Sequence[str]) -> RunConfig[Any]:
+    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(settings))
+    return config
+
+
+def _begun(stage: str, run: Path, config: RunConfig[Any]) -> RunConfig[Any] | None:
+    """The settings that a run was begun with, None where none was; raises ConfigError where they are others."""
+    if not (run / "config.yaml").is_file():
+        return None
+    begun = read_run_config(stage, run)
+    if _asked(begun) != _asked(config):
+        raise ConfigError(f"{run}: was begun with other settings; choose another --out, or delete this folder")
+    return begun
+
+
+def _asked(config: RunConfig[Any]) -> RunConfig[Any]:
+    """Settings without what a run adds to them: the hash of its language model."""
+    llm = getattr(config.model, "llm", None)
+    return config if llm is None else replace(config, model=replace(config.model, llm=replace(llm, sha256="")))
+
+
+def as_table(
+    results: Sequence[dict[str, Any]],
+    measures: Mapping[str, str],
+    *,
+    column: str = "data",
+    counts: Mapping[str, str] | None = None,
+) -> str:
     """A Markdown table: a line a cell, the mean over seeds in per cent with its 95 % interval (Student's t).
 
-    measures: the figures to show, and how their columns are called.
+    measures: the figures to show, and how their columns are called. column: how the groups of cells are called.
+    counts: figures that are the same for every seed, shown in millions, and how their columns are called. Results of
+    reference (`REFERENCE`) have no seeds.
     """
+    counts = counts or {}
     cells = dict.fromkeys((result["row"], result["column"]) for result in results)
-    lines = ["| " + " | ".join(["setting", "data", "seeds", *measures.values()]) + " |"]
-    lines.append("|" + "---|" * (3 + len(measures)))
-    for row, column in cells:
-        mine = [result["figures"] for result in results if (result["row"], result["column"]) == (row, column)]
+    lines = ["| " + " | ".join(["setting", column, "seeds", *measures.values(), *counts.values()]) + " |"]
+    lines.append("|" + "---|" * (3 + len(measures) + len(counts)))
+    for row, group in cells:
+        mine = [result for result in results if (result["row"], result["column"]) == (row, group)]
+        seeds = "-" if mine[0].get(REFERENCE) else str(len(mine))
         shown = []
         for name in measures:
-            values = [100 * figures[name] for figures in mine if name in figures]
+            values = [100 * one["figures"][name] for one in mine if name in one["figures"]]
             shown.append(_shown(values) if values else "-")
-        lines.append("| " + " | ".join([row, column, str(len(mine)), *shown]) + " |")
+        for name in counts:
+            value = mine[0]["figures"].get(name)
+            shown.append("-" if value is None else f"{value / 1e6:.1f}")
+        lines.append("| " + " | ".join([row, group, seeds, *shown]) + " |")
     return "\n".join(lines) + "\n"
 
 
