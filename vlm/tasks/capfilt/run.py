@@ -163,7 +163,8 @@ def _report(job: Job, units: list[Unit], sources: dict[str, Source]) -> dict[str
     found = tally(out, units, problems, seed=config.seed, shown=SHOWN)
     settings = {"threshold": config.threshold, "seed": config.seed, "generation": vars(config.generation)}
     switches = {"synthetic": config.synthetic, "filtering": config.filtering}
-    report = found.counts | {"filter": _filter_check(job, sources["human"]), "settings": settings | switches}
+    check = _filter_check(job, sources["human"]) | {"trained_on": _trained_on(config)}
+    report = found.counts | {"filter": check, "settings": settings | switches}
     write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_text(out / "report.md", as_markdown(report))
     write_text(out / "report.html", as_page(found.shown, sources["web"]))
@@ -183,6 +184,11 @@ def _filter_check(job: Job, human: Source) -> dict[str, Any]:
         write_text(path, json.dumps(check.as_dict(), indent=1, ensure_ascii=False) + "\n")
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return found
+
+
+def _trained_on(config: CapfiltConfig) -> bool:
+    """Whether the filter was fine-tuned here on what it is measured on."""
+    return not config.judge and (not config.check or bool(set(config.check) & set(config.human)))
 
 
 def _fingerprints(config: CapfiltConfig, sources: dict[str, Source]) -> dict[str, str]:
