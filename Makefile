@@ -6,6 +6,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 slow: .venv/ready
+	$(BIN)/pip install --quiet -e '.[ray]'
 	$(BIN)/python -m pytest -m slow -n 0
 
 lint: .venv/ready

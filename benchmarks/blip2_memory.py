@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [count(*size) for size in SIZES]
     result = {
         "command": shlex.join(["python", "benchmarks/blip2_memory.py", *words]),
+        "machine": "any: counted, not measured",
         "versions": versions("torch", "transformers"),
         "rows": rows,
     }

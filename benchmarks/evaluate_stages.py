@@ -1,12 +1,13 @@
 """The stages beside each other on data that none of them saw: zero-shot, retrieval with and without re-ranking, ITM.
 
 Runs `vlm eval` commands on the model of each stage and writes stages.json (each figure with its interval, chance
-value and command) and stages.md (a table) to results/.
+value and command) and stages.md (a table) to results/, or under another name.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from measure import machine, versions, write_results
 
 from vlm.apps.common import percent
 
+NAME = "stages"
 SMALL = "eval retrieval -d web-test --gallery 100 --galleries 3"
 LARGE = "eval retrieval -d web-test --distractors web-val --gallery 500 --galleries 3"
 ZERO_SHOT = {
@@ -69,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", help="one for each stage: anything that vlm.load takes")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--name", default=NAME, help="file name of the results, without its ending")
     options = parser.parse_args()
+    named = ["--name", options.name] if options.name != NAME else []
     families: dict[str, tuple[str, str]] = {}
     for place in options.models:
         model = vlm.load(place, device="cpu")
@@ -82,13 +86,13 @@ def main() -> None:
         found[name] = {data: run_job(job, place) for data, job in jobs_of(family).items()}
         rows += rows_of(name, found[name])
         values = {
-            "command": f"python benchmarks/evaluate_stages.py {' '.join(options.models)}",
+            "command": shlex.join(["python", "benchmarks/evaluate_stages.py", *options.models, *named]),
             "machine": machine("cpu"),
             "versions": versions("torch", "timm"),
             "stages": found,
         }
         header = ["model", "data", "measure", "% [95 % interval]", "chance %"]
-        write_results(options.out, "stages", values, markdown(header, rows))  # what a later failure must leave
+        write_results(options.out, options.name, values, markdown(header, rows))  # what a later failure must leave
 
 
 if __name__ == "__main__":

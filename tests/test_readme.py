@@ -93,7 +93,7 @@ RESULTS = [
         "rerank-tiny-cpu",
         "stages",
     ),
-    *("generate-base-cpu", "capfilt-base-cpu"),
+    *("generate-base-cpu", "capfilt-base-cpu", "blip2_memory"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
 ]
@@ -116,6 +116,20 @@ def test_figures_are_those_of_the_result_files(name: str, command: str) -> None:
 def test_kept_states_rerank_five_times_as_fast(size: str) -> None:
     values = json.loads((ROOT / "benchmarks" / "results" / f"rerank-{size}-cpu.json").read_text("utf-8"))
     assert values["k"] == 64 and values["ratio"]["median"] >= 5
+
+
+def test_captions_are_as_fast_as_they_should_be() -> None:
+    """With three beams decoding twice as fast as transformers and the whole 1.3 times, in no more memory."""
+    values = json.loads((ROOT / "benchmarks" / "results" / "generate-base-cpu.json").read_text("utf-8"))
+    found = values["searches"]["3"]
+    assert (values["batch"], values["new_tokens"], values["pixels"], values["threads"]) == (4, 16, 384, 2)
+    assert found["parts"]["decoding"]["ratio"]["median"] >= 2 and found["parts"]["whole"]["ratio"]["median"] >= 1.3
+    assert found["memory_mb"]["vlm"]["searching"] <= found["memory_mb"]["transformers"]["searching"]
+
+
+def test_capfilt_is_as_fast_as_it_should_be() -> None:
+    values = json.loads((ROOT / "benchmarks" / "results" / "capfilt-base-cpu.json").read_text("utf-8"))
+    assert values["ratio"]["median"] >= 1.5 and values["largest_difference_of_scores"] < 1e-4
 
 
 def test_card_quotes_the_same_figures() -> None:

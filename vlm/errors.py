@@ -48,3 +48,20 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of `options`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, on one line and in words: a bare KeyError only holds a name."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    return " ".join(str(getattr(error, "strerror", "") or error).split())[:300] or type(error).__name__
+
+
+def counted(number: int, thing: str, plural: str = "") -> str:
+    """Return a number with what it counts: ``1 picture``, ``1,944 pictures``; plural: where an s won't do."""
+    return f"{number:,} {thing if number == 1 else plural or thing + 's'}"
+
+
+def with_article(word: str) -> str:
+    """Return a word behind ``a``, or ``an`` before a vowel."""
+    return f"{'an' if word[:1].lower() in set('aeiou') else 'a'} {word}"

@@ -18,13 +18,18 @@ logger = logging.getLogger("vlm.files")
 
 
 def write_file(
-    path: Path, write: Callable[[BinaryIO], Result], *, error: type[VlmError] = DataError, advice: str = ""
+    path: Path,
+    write: Callable[[BinaryIO], Result],
+    *,
+    error: type[VlmError] = DataError,
+    advice: str = "",
+    named: Path | None = None,
 ) -> Result:
     """Call `write` on a temporary file beside `path`, then rename it; nothing is left behind on failure.
 
     Returns what `write` returned. Raises `error`, with `advice` behind it, when the folder can't be written or
     the disk is full; what stood there stays. What `path` links to is replaced, not the link; a device or a pipe,
-    such as ``/dev/stdout``, is written into.
+    such as ``/dev/stdout``, is written into. named: what errors call it, where `path` is only a step towards that.
     """
     if path.exists() and not path.is_file():
         return _write_into(path, write, error, advice)
@@ -37,7 +42,7 @@ def write_file(
         os.replace(temporary, target)
         return result
     except OSError as problem:
-        raise error(f"{path}: can't be written ({problem.strerror or problem}){advice}") from problem
+        raise error(f"{named or path}: can't be written ({problem.strerror or problem}){advice}") from problem
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.apps.speaker import SHORT, small
 from tests.tasks.small import COLOURS, plain, random_model
 
 
@@ -51,3 +52,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ran(code, *capsys.readouterr())
 
     return ran
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "speaker"
+    small().save(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def caption(run: Run, speaker: str) -> Run:
+    return lambda *rest: run("caption", *rest, *SHORT, "--model", speaker, "--device", "cpu")

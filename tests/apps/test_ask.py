@@ -10,6 +10,8 @@ import pytest
 from tests.apps.conftest import Run
 from tests.models.small_llm import llm_folder
 from tests.tasks.test_ask import model as speaker
+from tests.tasks.test_vqa import ANSWERS, QUESTIONS, answering
+from vlm.tasks.ask import Asker
 
 
 @pytest.fixture
@@ -25,6 +27,19 @@ def test_each_question_has_its_line(run: Run, pictures: Path, talker: list[str])
     assert both.code == 0, both.err
     alone = [run("ask", pictures / "red.png", one, *talker, "--max-new-tokens", 5).out for one in asked]
     assert both.out == "".join(alone) and len(both.out.splitlines()) == 2
+
+
+def test_the_likeliest_of_a_list(run: Run, pictures: Path, tmp_path: Path) -> None:
+    asked = answering("blip")
+    asked.save(tmp_path / "vqa")
+    (tmp_path / "answers.txt").write_text("\n".join(ANSWERS) + "\n")
+    given = ["--model", str(tmp_path / "vqa"), "--answers", str(tmp_path / "answers.txt")]
+    found = run("ask", pictures / "red.png", *QUESTIONS, *given)
+    assert found.code == 0, found.err
+    ranked = Asker(asked).rank(pictures / "red.png", QUESTIONS, ANSWERS)
+    assert found.out.splitlines() == [answers[0].text for answers in ranked]
+    missing = run("ask", pictures / "red.png", "why", *given[:2], "--answers", tmp_path / "none.txt")
+    assert missing.code == 2 and "none.txt: the answers can't be read" in missing.err
 
 
 def test_chat_answers_until_an_empty_line(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tarfile
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,49 +12,10 @@ from typing import Any
 import pytest
 
 from tests.apps.conftest import Run
-from tests.generated import captioner, reference
+from tests.apps.speaker import lines_of, said, shard, small
 from tests.models.small_blip import BLIP, build
-from vlm.generate import GenerationConfig
 from vlm.tasks.caption import Captioner
 from vlm.weights.loaded import VisionLanguageModel
-
-SHORT = ("--max-new-tokens", 6)
-
-
-@cache
-def small() -> VisionLanguageModel:
-    return captioner(reference(vocabulary=30524, start=30522, end=102, end_bias=4.0))
-
-
-@pytest.fixture(scope="session")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "speaker"
-    small().save(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def caption(run: Run, speaker: str) -> Run:
-    return lambda *rest: run("caption", *rest, *SHORT, "--model", speaker, "--device", "cpu")
-
-
-def said(*paths: Path, **settings: Any) -> dict[str, list[str]]:
-    config = GenerationConfig(**({"max_new_tokens": 6} | settings))
-    found = Captioner(small(), config).caption_each(paths)
-    return {str(path): [one.text for one in texts] for path, texts in found}
-
-
-def lines_of(text: str) -> dict[str, list[str]]:
-    rows = [json.loads(line) for line in text.splitlines()]
-    return {row["path"]: [one["caption"] for one in row["captions"]] for row in rows}
-
-
-def shard(path: Path, pictures: Path) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for picture in sorted(pictures.iterdir()):
-            tar.add(picture, picture.name)
-    return path
-
 
 # Where pictures come from
 
@@ -108,20 +67,9 @@ def test_csv(caption: Run, pictures: Path, tmp_path: Path) -> None:
     expected = said(*sorted(pictures.iterdir()), sequences=2)
     flat = [[path, str(rank), text] for path, texts in expected.items() for rank, text in enumerate(texts, 1)]
     assert [row[:3] for row in rows[1:]] == flat
-    assert [path.name for path in file.parent.iterdir()] == ["found.csv"]
+    assert sorted(path.name for path in file.parent.iterdir()) == [".found.csv.settings", "found.csv"]
     again = caption(pictures, "-f", "csv", "-n", 2)
     assert again.out == file.read_text("utf-8")
-
-
-def test_text_files_beside_the_pictures(caption: Run, pictures: Path) -> None:
-    (pictures / "red.txt").write_text("my own words\n", "utf-8")
-    done = caption(pictures, "-f", "txt", "-n", 2)
-    assert done.code == 0 and "5 of 5 pictures have captions, 1 of them from before" in done.err
-    for path, texts in said(*sorted(pictures.glob("*.png")), sequences=2).items():
-        written = Path(path).with_suffix(".txt").read_text("utf-8").splitlines()
-        assert written == (["my own words"] if "red" in path else texts)
-    caption(pictures, "-f", "txt", "--fresh")
-    assert "my own words" not in (pictures / "red.txt").read_text("utf-8")
 
 
 def test_summary(caption: Run, pictures: Path) -> None:
@@ -159,8 +107,10 @@ def test_it_goes_on_where_it_stopped(
     monkeypatch.setattr(Captioner, "caption_pixels", breaks)
     stopped = caption(pictures, "-o", file, "--batch-size", 1)
     assert stopped.code == 130 and not file.exists()
-    (journal,) = tmp_path.glob(".found.jsonl.*.part")
-    assert lines_of(journal.read_text("utf-8")) == dict(list(lines_of(whole).items())[:2])
+    (journal,) = tmp_path.glob(".found.jsonl.part")
+    first, _, rest = journal.read_text("utf-8").partition("\n")
+    assert json.loads(first)["settings"]["strategy"] == "beam"
+    assert lines_of(rest) == dict(list(lines_of(whole).items())[:2])
     with journal.open("a") as torn:
         torn.write('{"path": "half a l')
     done = caption(pictures, "-o", file, "--batch-size", 2)
@@ -168,14 +118,6 @@ def test_it_goes_on_where_it_stopped(
     assert sum(seen[3:]) == 3
     assert lines_of(file.read_text("utf-8")) == lines_of(whole)
     assert not journal.exists()
-
-
-def test_other_settings_start_anew(caption: Run, pictures: Path, tmp_path: Path) -> None:
-    file = tmp_path / "found.jsonl"
-    (tmp_path / ".found.jsonl.0123.part").write_text("other settings' own\n")
-    assert caption(pictures, "-o", file).code == 0
-    assert len(lines_of(file.read_text("utf-8"))) == 5
-    assert (tmp_path / ".found.jsonl.0123.part").exists()
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
@@ -255,21 +197,3 @@ def test_bad_options_are_named(
     monkeypatch.setattr("vlm.apps.caption.load_model", lambda *_: pytest.fail("the model was loaded first"))
     done = run("caption", pictures, *options)
     assert done.code == 2 and named in done.err
-
-
-def test_text_files_that_would_be_shared(caption: Run, pictures: Path, tmp_path: Path) -> None:
-    (pictures / "red.jpg").write_bytes((pictures / "red.png").read_bytes())
-    done = caption(pictures, "-f", "txt")
-    assert done.code == 2 and "red.txt with" in done.err
-    done = caption(shard(tmp_path / "web.tar", pictures), "-f", "txt")
-    assert done.code == 2 and "has no place beside it" in done.err
-
-
-def test_a_file_that_is_no_result_is_kept(caption: Run, pictures: Path, tmp_path: Path) -> None:
-    file = tmp_path / "notes.jsonl"
-    for form, text in (("jsonl", '{"a": 1}\n'), ("csv", "name,age\nx,3\n")):
-        file.write_text(text)
-        done = caption(pictures, "-f", form, "-o", file)
-        assert done.code == 2 and "--fresh" in done.err
-        assert file.read_text() == text
-        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["notes.jsonl"]

@@ -191,3 +191,10 @@ def test_no_such_model(run: Run, pictures: Path) -> None:
 def test_no_such_device(run: Run, model: str, pictures: Path, device: str, message: str) -> None:
     done = run("classify", pictures, "-l", "a,b", "--model", model, "--device", device)
     assert done.code == 2 and f"device '{device}'" in done.err and message in done.err
+
+
+def test_a_result_never_replaces_a_picture(run: Run, model: str, pictures: Path) -> None:
+    before = (pictures / "red.png").read_bytes()
+    done = run("classify", pictures, "-l", "red,blue", "-m", model, "-o", pictures / "red.png")
+    assert done.code == 2 and "is one of the inputs" in done.err
+    assert (pictures / "red.png").read_bytes() == before

@@ -106,7 +106,7 @@ def test_retrieval(run: Run, model: str, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert written == report.as_dict() | {"distractors": "", "seed": 3}
     small = run(*where)
-    assert "1 galleries of 12" in small.out and "--distractors" in small.err
+    assert "1 gallery of 12" in small.out and "--distractors" in small.err
 
 
 def test_retrieval_with_re_ranking(run: Run, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +114,14 @@ def test_retrieval_with_re_ranking(run: Run, classes: Path, tmp_path: Path, monk
     where = ("eval", "retrieval", "-d", classes, "--gallery", 3, "--galleries", 1, "--out", tmp_path / "out", "-m")
     done = run(*where, "fused", "--rerank", 2, "--score", "itm+itc")
     assert done.code == 0, done.err
-    assert "2 re-ranked by itm+itc, %" in done.out and "1 galleries of 3" in done.out
+    assert "2 re-ranked by itm+itc, %" in done.out and "1 gallery of 3" in done.out
     written = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert written["score"] == "itc"
     assert (written["rerank"]["k"], written["rerank"]["score"]) == (2, "itm+itc")
     assert f"pairs run: {written['rerank']['pairs']}" in done.out
     whole = run(*where, "pairs")
     assert whole.code == 0 and "pairs run: 9" in whole.out and "by itm, %" in whole.out
+    assert "9 pairs of a picture and a text to run, each whole: a smaller --gallery than 3 has fewer" in whole.err
     assert run(*where, "pairs", "--rerank", 2).code == 2
     wrong = run(*where, "fused", "--rerank", 2, "--score", "mean")
     assert wrong.code == 2 and "itm+itc" in wrong.err
@@ -160,7 +161,7 @@ def test_unreadable_pictures_are_told_and_the_figures_written(
     (tmp_path / "out" / "report.json").unlink()
     (classes / "sky" / "broken.png").write_bytes(b"no picture")
     done = run(*where)
-    assert done.code == 1 and "1 pictures (or ends of shards) could not be read" in done.err
+    assert done.code == 1 and "1 picture (or ends of shards) could not be read" in done.err
     assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8")) and "|" in done.out
 
 
@@ -172,7 +173,7 @@ def test_references_whose_pictures_are_gone_are_told(run: Run, tmp_path: Path) -
     (tmp_path / "said.jsonl").write_text("\n".join(lines[:2]))
     where = ("eval", "captions", tmp_path / "said.jsonl", "--out", tmp_path / "out", "--data")
     done = run(*where, tmp_path / "all.jsonl")
-    assert done.code == 1 and "1 pictures (or ends of shards) could not be read" in done.err
+    assert done.code == 1 and "1 picture (or ends of shards) could not be read" in done.err
     assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["pictures"] == 2
     assert run(*where, tmp_path / "said.jsonl").code == 0
 

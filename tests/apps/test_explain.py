@@ -16,9 +16,35 @@ def test_a_picture_is_written(run: Run, model: str, pictures: Path, tmp_path: Pa
     out = tmp_path / "out" / "found.png"
     done = run("explain", pictures / "red.png", "a red thing", "-m", model, "--out", out)
     assert done.code == 0, done.err
-    assert "relevance, 3 words" in done.out
+    assert "relevance, 3 words" in done.out and "--method has also rollout" in done.out
     assert Image.open(out).format == "PNG" and [path.name for path in out.parent.iterdir()] == ["found.png"]
-    assert "rollout" in run("explain", pictures / "red.png", "red", "-m", model, "-o", out, "--method", "rollout").out
+    chosen = run("explain", pictures / "red.png", "red", "-m", model, "-o", out, "--method", "rollout").out
+    assert ", rollout\n" in chosen and "--method" not in chosen
+
+
+@pytest.mark.parametrize("called", ["itself", "a longer way", "a symbolic link", "a hard link"])
+def test_the_picture_itself_is_never_overwritten(
+    run: Run, pictures: Path, called: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm.apps.explain.load_model", lambda *_: pytest.fail("the model was loaded first"))
+    picture = pictures / "red.png"
+    before, out = picture.read_bytes(), pictures / "other.png"
+    if called == "a symbolic link":
+        out.symlink_to(picture)
+    elif called == "a hard link":
+        out.hardlink_to(picture)
+    else:
+        out = picture if called == "itself" else pictures / ".." / pictures.name / picture.name
+    done = run("explain", picture, "red", "--out", out)
+    assert done.code == 2 and "is one of the inputs" in done.err and picture.read_bytes() == before
+
+
+def test_the_ending_says_the_format(run: Run, model: str, pictures: Path, tmp_path: Path) -> None:
+    for name in ("found.xyz", "found"):
+        done = run("explain", pictures / "red.png", "red", "-m", model, "--out", tmp_path / name)
+        assert done.code == 2 and "must end in .png, .jpg, .jpeg, .webp" in done.err and not (tmp_path / name).exists()
+    done = run("explain", pictures / "red.png", "red", "-m", model, "--out", tmp_path / "found.JPG")
+    assert done.code == 0 and Image.open(tmp_path / "found.JPG").format == "JPEG"
 
 
 def test_layers_of_a_fused_model(run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,8 @@ def test_export_of_an_official_albef(run: Run, tmp_path: Path) -> None:
     assert set(found) == {name for name in stored if not any(part in name for part in only_training)}
     for name, value in found.items():
         torch.testing.assert_close(value, stored[name], msg=lambda text, name=name: f"{name}: {text}")
+    refused = run("export", "--model", first, "--to", "official", "--out", first)
+    assert refused.code == 2 and "is one of the inputs" in refused.err
     refused = run("export", "--model", first, "--to", "hf", "--out", tmp_path / "hf")
     assert refused.code == 2 and "CLIPModel" in refused.err and not (tmp_path / "hf").exists()
 
@@ -162,6 +164,11 @@ def test_demo(run: Run, model: str, examples: Path) -> None:
     said = done.out.split("tiny-blip says what they show:")[1]
     for number, caption in enumerate(vlm.Captioner("tiny-blip").caption([examples / f"{n}.png" for n in range(3)])):
         assert f"{examples / f'{number}.png'}\n  {caption}\n" in said
+
+
+def test_demo_refuses_a_captioner_that_can_t_speak_first(run: Run, model: str, examples: Path) -> None:
+    done = run("demo", examples / "0.png", "--model", model, "--captioner", model)
+    assert done.code == 2 and "has no generate" in done.err and not done.out
 
 
 def test_demo_of_own_pictures_needs_no_data(

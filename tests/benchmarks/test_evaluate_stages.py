@@ -65,10 +65,11 @@ def test_rows_by_hand(bench: ModuleType) -> None:
 
 def test_the_command_writes_its_results(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "run_job", lambda job, place: {"command": f"vlm {job} -m {place}", "top-1": FIGURE})
-    monkeypatch.setattr("sys.argv", ["evaluate_stages.py", "tiny-clip", "--out", str(tmp_path)])
-    bench.main()
-    values = json.loads((tmp_path / "stages.json").read_text("utf-8"))
-    assert values["command"] == "python benchmarks/evaluate_stages.py tiny-clip"
+    for more, name in (([], "stages"), (["--name", "other"], "other")):
+        monkeypatch.setattr("sys.argv", ["evaluate_stages.py", "tiny-clip", "--out", str(tmp_path), *more])
+        bench.main()
+        values = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+        assert values["command"] == " ".join(["python benchmarks/evaluate_stages.py tiny-clip", *more])
     assert set(values["stages"]["tiny-clip"]) == set(bench.jobs_of("clip"))
     assert (tmp_path / "stages.md").read_text("utf-8").count("| tiny-clip |") == 4
 

@@ -114,6 +114,8 @@ def test_captions_by_prompt() -> None:
 def test_models_that_dont_answer_say_so() -> None:
     with pytest.raises(MissingVerbError, match="answers no questions"):
         Asker(colour_model())
+    with pytest.raises(MissingVerbError, match="small writes answers and chooses none from a list; a vqa model can"):
+        Asker(model()).rank(noise(1)[0], QUESTIONS, ["a", "b"])
     with pytest.raises(MissingVerbError, match="only stage 2"):
         Chat(colour_model(), noise(1)[0])
     with pytest.raises(ConfigError, match="as it goes"):

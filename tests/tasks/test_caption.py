@@ -97,6 +97,16 @@ def test_no_caption_depends_on_batch_or_order(config: GenerationConfig) -> None:
         ]
 
 
+def test_pictures_are_encoded_and_projected_once_for_all_beams(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = captioner(theirs()), dict[str, list[int]]()
+    network: Any = model.network
+    for verb in ("image_states", "decoder_keys_values"):
+        call, rows = getattr(network, verb), asked.setdefault(verb, [])
+        monkeypatch.setattr(network, verb, lambda x, call=call, rows=rows: (rows.append(len(x)), call(x))[1])
+    Captioner(model, replace(BEAM, beams=5), prompt="a red").caption_pixels(pictures(3))
+    assert asked == {"image_states": [3], "decoder_keys_values": [3]}
+
+
 def test_seeds_and_keys_fix_what_is_drawn() -> None:
     found = [Captioner(ours(), NUCLEUS, seed=seed).caption_pixels(pictures(3)) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]

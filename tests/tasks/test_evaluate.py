@@ -156,7 +156,7 @@ def test_given_features_are_used(colours: Any, tmp_path: Path) -> None:
         (["red"], {"depths": (0, 1)}, ConfigError, "top-k"),
         (["red"], {"templates": "nothing"}, ConfigError, "no set of that name"),
         (["cat", "dog"], {}, DataError, "among the 2 labels"),
-        (["red"], {"keep": []}, DataError, "among the 1 labels"),
+        (["red"], {"keep": []}, DataError, "among the 1 label"),
     ],
 )
 def test_bad_input(colours: Any, labels: Any, settings: Any, error: type[Exception], message: str) -> None:

@@ -185,7 +185,12 @@ def test_padded_rows_come_back() -> None:
 
 def test_galleries_are_bounded(source: Any) -> None:
     model = pair_model()
-    report = evaluate_retrieval(model, source, gallery=4, galleries=2)
+    told: list[tuple[int, int, int]] = []
+    report = evaluate_retrieval(
+        model, source, gallery=4, galleries=2,
+        progress=lambda done, total: told.append((done, total, model.network.asked["whole pairs"])),
+    )  # fmt: skip
+    assert told == [(done, 32, done) for done in range(0, 33, 4)]  # before the first pair, then after each picture
     assert (report.galleries, report.queries, model.network.asked["whole pairs"]) == (2, 8, 32)
     assert report.as_dict()["score"] == "itm" and report.as_dict()["pairs"] == 32
 

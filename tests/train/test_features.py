@@ -138,7 +138,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     options = ["--out", str(out), "--data", str(folder), "--workers", "0", "--device", "cpu"]
     result = CliRunner().invoke(app, ["data", "features", *options, *STAGES["blip2"], *COMMON, "start=[]"])
     assert result.exit_code == 0, result.output + str(result.exception)
-    assert "17 pictures as 5 x 32" in result.output and "1 pictures can't be decoded" in result.output
+    assert "17 pictures as 5 x 32" in result.output and "1 picture can't be decoded" in result.output
     assert f"features={out} loader.augment={{}}" in result.output
     config = settings("blip2", folder, None, PLAIN, f"features={out}", "train.steps=1")
     train_stage(config, tmp_path / "run", ALONE, progress=False)

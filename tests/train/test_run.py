@@ -153,8 +153,13 @@ def test_minilm_is_the_packaged_start():
     assert features[0] @ features[1] > 0.6 > 0.3 > features[0] @ features[2]
 
 
-def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path):
+def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path, monkeypatch):
     train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
+    monkeypatch.setattr("vlm.train.run.open_source", lambda *_: pytest.fail("data were opened for nothing"))
+    monkeypatch.setattr("vlm.train.run.start_from", lambda *_, **__: pytest.fail("weights were read for nothing"))
+    with pytest.raises(TrainingError, match=r"holds a finished run already.*--resume"):
+        train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
+    shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(TrainingError, match=r"holds a run already.*--resume"):
         train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
 

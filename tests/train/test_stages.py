@@ -17,7 +17,7 @@ from tests.weights import albef_reference, blip_reference
 from tests.weights.albef_reference import QUEUE, reference
 from vlm.apps.cli import app
 from vlm.data.plan import shuffled_texts
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, WeightsError
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
 from vlm.train.run import RunConfig, make_tokenizer, read_run_config, run_kind, train_stage
@@ -205,15 +205,33 @@ def test_runs_that_would_learn_nothing_of_it_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_frozen_parts_without_a_start_are_told(
+def test_frozen_parts_that_no_start_gives_weights_are_refused(
     folder: Path, clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     frozen = "train.optim.freeze=[text.layers.0., image.]"
-    train_stage(settings("albef", folder, clip, frozen), tmp_path / "a", ALONE, progress=False)
-    assert "stay random" not in caplog.text
     train_stage(settings("vilt", folder, clip), tmp_path / "vilt", ALONE, progress=False)
-    train_stage(settings("albef", folder, tmp_path / "vilt", frozen), tmp_path / "b", ALONE, progress=False)
-    assert "no start gave weights, text.layers.0." in caplog.text and "image.trunk" not in caplog.messages[-1]
+    for start in (tmp_path / "vilt", None):
+        with pytest.raises(WeightsError, match=r"\d+ matrices are frozen .*train\.optim\.freeze=\[\]") as refused:
+            train_stage(settings("albef", folder, start, frozen), tmp_path / "albef", ALONE, progress=False)
+        assert str(refused.value).startswith(f"start {start or '(none)'}: ")
+        first = str(refused.value).split("weights, ")[1].split(",")[0]
+        assert first.startswith("image." if start is None else "text.layers.0.")
+    assert not (tmp_path / "albef").exists()
+    both = f"start={json.dumps([str(clip), str(tmp_path / 'vilt')])}"
+    train_stage(settings("albef", folder, clip, frozen, both), tmp_path / "albef", ALONE, progress=False)
+    caplog.clear()
+    train_stage(settings("blip2", folder, None, "train.steps=1"), tmp_path / "blip2", ALONE, progress=False)
+    assert "would stay random" in caplog.text  # what the stage itself freezes, with no start at all
+
+
+def test_a_run_that_starts_from_nothing_says_so(folder: Path, tmp_path: Path) -> None:
+    data = ["--data", str(folder), "--device", "cpu"]
+    for stage, told in (("albef", True), ("clip", False)):
+        more = [*STAGES[stage], *COMMON, "start=[]", "validation=[]", "train.steps=1"]
+        result = CliRunner().invoke(app, ["train", stage, "--out", str(tmp_path / stage), *data, *more])
+        assert result.exit_code == 0, result.output + str(result.exception)
+        assert ("nothing to start from: all of the network is random numbers" in result.stderr) == told
+        assert ("--start takes a CLIP's" in result.stderr) == told
 
 
 def test_a_loss_alone_trains(folder: Path, tmp_path: Path) -> None:

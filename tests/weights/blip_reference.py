@@ -21,10 +21,11 @@ DEC, ENC = 30522, 30523
 class Reference(nn.Module):
     """Student and teacher in official names; encoder and decoder share all but self-attention, or nothing, or all."""
 
-    def __init__(self, sharing: str = "all_but_self_attention", source: int = SIZES["image"]) -> None:
-        """source: width of what the decoder looks at."""
+    def __init__(
+        self, sharing: str = "all_but_self_attention", source: int = SIZES["image"], width: int = SIZES["text"]
+    ) -> None:
+        """source: width of what the decoder looks at. width: of the texts."""
         super().__init__()
-        width = SIZES["text"]
         config = BlipTextConfig(
             vocab_size=VOCABULARY, hidden_size=width, num_attention_heads=width // 64, intermediate_size=2 * width,
             max_position_embeddings=POSITIONS, num_hidden_layers=SIZES["layers"], encoder_hidden_size=SIZES["image"],
@@ -104,10 +105,12 @@ def answer_logits(encoder: Any, decoder: Any, image: Tensor, questions: Any, ans
     return torch.cat(rows)
 
 
-def reference(seed: int = 0, sharing: str = "all_but_self_attention", source: int = SIZES["image"]) -> Reference:
+def reference(
+    seed: int = 0, sharing: str = "all_but_self_attention", source: int = SIZES["image"], width: int = SIZES["text"]
+) -> Reference:
     """A small one in which every tensor is random and different, but for what is shared."""
     torch.manual_seed(seed)
-    model = Reference(sharing, source)
+    model = Reference(sharing, source, width)
     scrambled(model, seed)
     with torch.no_grad():
         for name, gain in model.named_parameters():

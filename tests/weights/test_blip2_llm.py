@@ -17,7 +17,7 @@ from vlm.errors import ConfigError, WeightsError
 from vlm.generate import GenerationConfig
 from vlm.models.lora import LoraConfig
 from vlm.weights.export import export_hf
-from vlm.weights.files import read_tensors
+from vlm.weights.files import check_target, read_tensors
 from vlm.weights.hf_tokenizer import llm_fast, take_image_token
 from vlm.weights.llm import load_llm_tokenizer
 from vlm.weights.loaded import VisionLanguageModel
@@ -161,6 +161,7 @@ def test_instructblip_reads_the_image_for_a_text(instructed, tmp_path):
     config = GenerationConfig("greedy", max_new_tokens=6)
     found = model.generate(pixels(), model.tokens(TEXTS), config)
     export_hf(model, tmp_path / "out")
+    check_target(tmp_path / "out")  # of all that is written, nothing is taken for somebody's own
     again = transformers.InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     processor = transformers.InstructBlipProcessor.from_pretrained(tmp_path / "out")
     for row, text in enumerate(TEXTS):

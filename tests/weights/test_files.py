@@ -60,6 +60,23 @@ def test_damaged_files(tmp_path, suffix):
             read_tensors(path)
 
 
+def test_what_is_wrong_is_said_in_words(tmp_path):
+    path, run = tmp_path / "model.pt", tmp_path / "run"
+    own = run / "checkpoints" / "step-00000002" / "model" / "model.safetensors"
+    path.write_bytes(b"co:\xcf\n")
+    with pytest.raises(WeightsError, match=r"model\.pt: damaged or not a checkpoint \([^()]*\); fetch it again$"):
+        read_tensors(path)
+    own.parent.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    own.write_bytes(b"half")
+    with pytest.raises(WeightsError, match=r"earlier step in .*run.checkpoints, or train again$"):
+        read_tensors(own)
+    saved(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"family": "clip"}')
+    with pytest.raises(WeightsError, match=r"not a model's configuration \('config' is missing\)"):
+        vlm.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
@@ -170,6 +187,22 @@ def test_a_model_replaces_nothing_but_a_model(tmp_path):
     for _ in range(2):
         save_model(model, wordpiece(), ImageTransform(24), tmp_path / "empty", name="x")
     assert vlm.load(tmp_path / "empty").name == "x"
+
+
+def test_a_model_replaces_no_file_that_stands_beside_one(tmp_path):
+    folder = tmp_path / "model"
+    saved(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    for name in ("notes.txt", "metrics.jsonl", ".git"):
+        (folder / name).mkdir() if name == ".git" else (folder / name).write_text("mine")
+    with pytest.raises(WeightsError, match=r"model: holds other files.*: \.git, metrics\.jsonl, notes\.txt; choose"):
+        saved(folder, dtype=torch.float16)
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / ".git").is_dir()
+    assert (folder / "model.safetensors").read_bytes() == before
+    for number in range(9):
+        (folder / f"{number}.png").write_text("mine")
+    with pytest.raises(WeightsError, match=r"\.git, 0\.png, 1\.png, 2\.png, 3\.png and 7 more"):
+        saved(folder)
 
 
 def test_damaged_own_folder(tmp_path):

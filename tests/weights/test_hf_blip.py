@@ -218,6 +218,7 @@ def test_a_network_with_all_heads_is_read_by_each_class(sharing, tmp_path):
         check(model, theirs.eval())
     again = vlm.load(tmp_path / "out", device="cpu")
     assert again.network.config.sharing == sharing
+    torch.testing.assert_close(again.logit_scale, torch.tensor([20.0]))  # noted for us in config.json
     assert all(
         torch.equal(value, again.network.state_dict()[key])
         for key, value in model.network.state_dict().items()
@@ -256,6 +257,7 @@ def test_a_captioner_without_a_tensor_is_refused(captioner, tmp_path, gone, mess
         ({"architectures": [VQA]}, r"missing: text_encoder\.embeddings"),
         ({"architectures": ["BlipModel"]}, "BlipModel isn't known; expected one of BlipForImageTextRetrieval"),
         ({"vision_config": {"image_size": [32, 16]}}, "image_size .* expected a square"),
+        ({"prompt_ids": ["a"]}, r"config\.json: prompt_ids \['a'\] can't be read"),
         ({"text_config": {"hidden_act": "relu"}}, "hidden_act 'relu': expected one of"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm.apps.common import DEFAULT_SPEAKER, Device, Model, load_model, log_warnings
+from vlm.apps.common import DEFAULT_SPEAKER, Device, Model, load_model, log_warnings, read_lines
 
 Llm = Annotated[str, typer.Option("--llm", help="Where the model's language model is, if not where it was.")]
 Strategy = Annotated[str, typer.Option(help="greedy, beam (ask only) or nucleus.")]
@@ -22,17 +22,25 @@ def ask(
     model: Model = DEFAULT_SPEAKER,
     strategy: Strategy = "beam",
     max_new_tokens: Longest = 20,
+    answers: Annotated[Path | None, typer.Option(help="A file of answers, one a line: choose the likeliest.")] = None,
     seed: Seed = 0,
     llm: Llm = "",
     device: Device = "auto",
 ) -> None:
-    """Answer questions about a picture, one line each."""
+    """Answer questions about a picture, one line each: freely, or by the likeliest of --answers (BLIP's and ALBEF's
+    question answering).
+    """
     from vlm.tasks.ask import Asker
 
     log_warnings()
     config = _config(strategy, max_new_tokens)
-    loaded = _loaded(model, device, llm)
-    for answer in Asker(loaded, config, seed=seed).ask(str(image), questions):
+    choices = None if answers is None else read_lines(answers, "answers")
+    asker = Asker(_loaded(model, device, llm), config, seed=seed)
+    if choices is None:
+        found = asker.ask(str(image), questions)
+    else:
+        found = [ranked[0].text for ranked in asker.rank(str(image), questions, choices)]
+    for answer in found:
         typer.echo(answer)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm.apps.common import with_options
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from vlm.tasks.capfilt.run import Result
@@ -131,7 +131,7 @@ def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
 
 def _tell(result: Result, out: Path) -> None:
     for name, found in result.report["texts"].items():
-        typer.echo(f"{name}: kept {found['kept']} of {found['texts']} texts")
+        typer.echo(f"{name}: kept {found['kept']} of {counted(found['texts'], 'text')}")
     check = result.report["filter"]
     typer.echo(
         f"filter on exchanged texts: precision {check['precision']['value']:.3f}, recall {check['recall']['value']:.3f}"
@@ -144,5 +144,5 @@ def _tell(result: Result, out: Path) -> None:
         typer.echo(f"train a new model on it: {shlex.join(command)}")
     lost = sum(found["unreadable"] for found in result.report["pictures"].values())
     if lost:
-        typer.echo(f"{lost} pictures could not be read; {out / 'report.json'} names them", err=True)
+        typer.echo(f"{counted(lost, 'picture')} could not be read; {out / 'report.json'} names them", err=True)
         raise typer.Exit(1)

@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from vlm.apps.caption_files import FORMS, Beside, Journal, Sink, Terminal
+from vlm.apps.caption_beside import Beside
+from vlm.apps.caption_files import FORMS, Journal, Sink, Terminal
 from vlm.apps.classify import finish
 from vlm.apps.common import DEFAULT_CAPTIONER, check_output, find_pictures, load_model, with_options
-from vlm.errors import ConfigError, DataError, nearest
+from vlm.errors import ConfigError, DataError, counted, nearest
 
 
 def _option(text: str, *names: str, **more: Any) -> Any:
@@ -45,6 +46,7 @@ class CaptionOptions:
     form: Annotated[str, _option("jsonl, csv, or txt: a file beside each picture.", "--format", "-f")] = "jsonl"
     output: Annotated[Path | None, _option("A file instead of the terminal.", "--output", "-o")] = None
     fresh: Annotated[bool, _option("Caption also what has captions there already.", "--fresh")] = False
+    overwrite: Annotated[bool, _option("For txt: replace texts that vlm didn't write.", "--overwrite")] = False
     batch_size: Annotated[int, _option("Pictures that run at once.", min=1)] = 16
     device: Annotated[str, _option("auto, cpu, cuda or cuda:N.")] = "auto"
     llm: Annotated[str, _option("Where a BLIP-2's language model is, if not where it was.", "--llm")] = ""
@@ -62,10 +64,10 @@ def caption(options: CaptionOptions) -> None:
     names = [field.name for field in fields(GenerationConfig)]
     given = {name: value for name, value in asdict(options).items() if name in names and value is not None}
     config = GenerationConfig(**given)
-    check_output(options.output)
     pictures = {_name(picture): picture for picture in find_inputs(options.paths)}
+    check_output(options.output, inputs={getattr(picture, "tar", picture) for picture in pictures.values()})
     sink = _sink(options, config, list(pictures))
-    left = [picture for name, picture in pictures.items() if name not in sink.done]
+    left = [picture for name, picture in pictures.items() if name not in sink.done and name not in sink.kept]
     failed: list[str] = []
     start = time.perf_counter()
     if left:
@@ -104,13 +106,19 @@ def find_inputs(places: Sequence[str]) -> list[Any]:
 def _sink(options: CaptionOptions, config: Any, names: Sequence[str]) -> Sink:
     if options.form not in FORMS:
         raise ConfigError(f"--format {options.form!r}{nearest(options.form, FORMS)}: expected {', '.join(FORMS)}")
+    place = Path(options.model)
+    model = str(place.resolve()) if place.exists() else options.model
+    settings = {"model": model, "prompt": options.prompt.strip(), **asdict(config), "seed": options.seed}
     if options.form == "txt":
         if options.output is not None:
             raise ConfigError("--format txt writes a file beside each picture: leave --output out")
-        return Beside(names, fresh=options.fresh)
+        return Beside(names, settings, fresh=options.fresh, overwrite=options.overwrite)
+    if options.overwrite:
+        raise ConfigError(
+            f"--overwrite: replaces texts beside pictures (--format txt); --format {options.form} has none"
+        )
     if options.output is None:
         return Terminal(options.form)
-    settings = [options.model, options.prompt, options.seed, asdict(config)]
     return Journal(options.output, options.form, names, settings, fresh=options.fresh)
 
 
@@ -141,10 +149,18 @@ def _run(options: CaptionOptions, config: Any, pictures: Sequence[Any], sink: Si
 
 def _summarise(sink: Sink, total: int, left: int, failed: int, seconds: float) -> None:
     """On stderr: how many, how long, how repetitive."""
-    before = f", {total - left} of them from before (--fresh writes them anew)" if left < total else ""
+    kept = len(sink.kept)
+    before = total - left - kept
+    said = f", {before} of them from before (--fresh writes them anew)" if before else ""
     rate = f", {(left - failed) / seconds:.1f} pictures/s" if left > failed else ""
+    if kept:
+        were, them = ("wasn't", "it") if kept == 1 else ("weren't", "them")
+        written = f"{were} written by this command; --overwrite replaces {them}"
+        typer.echo(f"kept {counted(kept, 'text')} that {written}", err=True)
+    have = f"{total - failed - kept} of {counted(total, 'picture')} {'has' if total == 1 else 'have'} captions"
     typer.echo(
-        f"{total - failed} of {total} pictures have captions{before}{rate}: {sink.summary.length:.1f} words each, "
+        f"{have}{said}{rate}: "
+        f"{sink.summary.length:.1f} words each, "
         f"{100 * sink.summary.repetition:.1f} % of word pairs repeated",
         err=True,
     )

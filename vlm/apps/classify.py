@@ -25,6 +25,7 @@ from vlm.apps.common import (
     read_templates,
     write_text,
 )
+from vlm.errors import ConfigError, DataError, counted, nearest
 
 BAR = 20
 Row = tuple[str, list[Any]]
@@ -44,15 +45,14 @@ def classify(
     device: Device = "auto",
 ) -> None:
     """Classify pictures, zero-shot. Exit status 1 when some could not be read, 2 when nothing could be done."""
-    from vlm.errors import ConfigError, nearest
     from vlm.tasks.zero_shot import ZeroShotClassifier, check_labels
 
     if form not in FORMS:
         raise ConfigError(f"--format {form!r}{nearest(form, FORMS)}: expected one of {', '.join(FORMS)}")
-    check_output(output)
     words = check_labels(read_labels(labels, labels_file))
     sentences = read_templates(templates)
     pictures = find_pictures(paths)
+    check_output(output, inputs=pictures)
     classifier = ZeroShotClassifier(load_model(model, device), words, sentences, batch_size=batch_size)
     failed: list[str] = []
     parts = FORMS[form](predictions(classifier, pictures, top_k, failed))
@@ -79,12 +79,10 @@ def predictions(classifier: Any, pictures: Sequence[str], top_k: int, failed: li
 
 def finish(failed: Sequence[str], count: int) -> None:
     """Leave with status 1 when some pictures could not be read; DataError when none could."""
-    from vlm.errors import DataError
-
     if len(failed) == count:
         raise DataError("no picture could be read" if count > 1 else "the picture could not be read")
     if failed:
-        typer.echo(f"{len(failed)} of {count} pictures could not be read", err=True)
+        typer.echo(f"{len(failed)} of {counted(count, 'picture')} could not be read", err=True)
         raise typer.Exit(1)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from vlm import files
-from vlm.errors import ConfigError, DataError, WeightsError
+from vlm.errors import ConfigError, DataError, WeightsError, counted
 
 DEFAULT_MODEL = "tiny-clip"
 DEFAULT_CAPTIONER = "tiny-blip"
@@ -124,8 +124,11 @@ def write_text(text: str, output: Path | None) -> None:
     files.write_text(output, text)
 
 
-def check_output(output: Path | None, *, folder: bool = False) -> None:
-    """Raises ConfigError when results could not be written there, before the work is done."""
+def check_output(output: Path | None, *, folder: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises ConfigError when results could not be written there, before the work is done.
+
+    inputs: files that are read, none of which the results may replace, by whatever name it is called.
+    """
     if output is None:
         return
     if not output.exists():
@@ -137,6 +140,28 @@ def check_output(output: Path | None, *, folder: bool = False) -> None:
         raise ConfigError(f"{output}: is a file, expected a folder to write into")
     if not folder and output.is_dir():
         raise ConfigError(f"{output}: is a folder, expected a file to write")
+    same = next((one for one in inputs if os.path.exists(one) and os.path.samefile(one, output)), None)
+    if same is not None:
+        named = f" ({same})" if str(same) != str(output) else ""
+        raise ConfigError(f"{output}: is one of the inputs{named}, which the result would replace; name another file")
+
+
+def pair_progress(advice: str = "") -> Callable[[int, int], None]:
+    """Tells on stderr how many pairs a cross-encoder will run, with advice behind it, then their rate and time left."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            typer.echo(f"{counted(total, 'pair')} of a picture and a text to run{advice}", err=True)
+            bar = tqdm(total=total, unit=" pairs", disable=None, file=sys.stderr, dynamic_ncols=True)
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

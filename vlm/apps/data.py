@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from vlm.errors import counted
+
 app = typer.Typer(help="Make and check data.", no_args_is_help=True)
 
 
@@ -27,7 +29,7 @@ def build(
     manifest = make(out, work=work, workers=workers)
     for split, count in manifest["splits"].items():
         typer.echo(f"{split:16} {count:7,}")
-    typer.echo(f"{manifest['bytes']:,} bytes in {len(manifest['shards'])} shards under {out}")
+    typer.echo(f"{manifest['bytes']:,} bytes in {counted(len(manifest['shards']), 'shard')} under {out}")
 
 
 @app.command()
@@ -70,9 +72,9 @@ def features(
         )  # fmt: skip
     samples, states, width = store.shape
     size = sum(path.stat().st_size for path in out.glob("*.bin"))
-    typer.echo(f"{samples:,} pictures as {states} x {width}, {size:,} bytes in {out}")
+    typer.echo(f"{counted(samples, 'picture')} as {states} x {width}, {size:,} bytes in {out}")
     if store.unreadable():
-        typer.echo(f"{store.unreadable():,} pictures can't be decoded; vlm data check lists them")
+        typer.echo(f"{counted(store.unreadable(), 'picture')} can't be decoded; vlm data check lists them")
     typer.echo(f"train on them with: vlm train {stage} features={out} loader.augment={{}}")
 
 

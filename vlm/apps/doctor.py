@@ -102,7 +102,7 @@ def _planned(config: dict[str, Any], samples: int) -> int:
     import math
 
     from vlm.data.loader import LoaderConfig, steps_per_epoch
-    from vlm.errors import ConfigError
+    from vlm.errors import ConfigError, reason
 
     train, loader = config.get("train"), config.get("loader")
     if not isinstance(train, dict):
@@ -113,7 +113,7 @@ def _planned(config: dict[str, Any], samples: int) -> int:
         batch_size = int(loader["batch_size"])
         return math.ceil(float(train["epochs"]) * steps_per_epoch(samples, LoaderConfig(batch_size=batch_size)))
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.yaml: train.steps, train.epochs and loader.batch_size: {error}") from error
+        raise ConfigError(f"config.yaml: train.steps, train.epochs and loader.batch_size: {reason(error)}") from error
 
 
 def _try_pictures(config: dict[str, Any], count: int) -> tuple[tuple[str, ...], int]:

@@ -18,12 +18,14 @@ from vlm.apps.common import (
     check_output,
     load_model,
     log_warnings,
+    pair_progress,
     percent,
     read_templates,
     table,
     write_text,
 )
 from vlm.apps.explain import Layer, Method
+from vlm.errors import ConfigError, counted
 
 app = typer.Typer(
     help="Measure a model on a data set. Exit status 1 when some of its pictures could not be read.",
@@ -66,7 +68,8 @@ def zero_shot(
         load_model(model, device), source, labels, templates=sentences, depths=depths, keep=keep
     )
     rows = [(f"top-{k}", percent(figure.as_dict()), f"{100 * figure.chance:.2f}") for k, figure in report.top.items()]
-    typer.echo(f"{report.model} on {report.data}: {len(report.truth)} pictures, {len(report.labels)} labels")
+    sizes = f"{counted(len(report.truth), 'picture')}, {counted(len(report.labels), 'label')}"
+    typer.echo(f"{report.model} on {report.data}: {sizes}")
     for reason, count in report.left_out.items():
         if count:
             typer.echo(f"not counted: {count} ({reason})")
@@ -109,9 +112,11 @@ def retrieval(
     by = check_rerank(rerank, score)
     source = open_source(data)
     more = open_source(distractors) if distractors else None
+    loaded = load_model(model, device)
+    advice = "" if loaded.can("encode_image") else f", each whole: a smaller --gallery than {gallery} has fewer"
     report = evaluate_retrieval(
-        load_model(model, device), source, distractors=more, gallery=gallery, galleries=galleries,
-        rerank=rerank, score=by, seed=seed,
+        loaded, source, distractors=more, gallery=gallery, galleries=galleries,
+        rerank=rerank, score=by, seed=seed, progress=pair_progress(advice),
     )  # fmt: skip
     header = ["direction", "measure", f"by {report.score}, % [95 % interval]", "chance %"]
     rows = [
@@ -120,8 +125,8 @@ def retrieval(
         for k, figure in at.items()
     ]
     typer.echo(
-        f"{report.model} on {report.data}: {report.queries} queries each way, "
-        f"{report.galleries} galleries of {report.gallery}"
+        f"{report.model} on {report.data}: {counted(report.queries, 'query', 'queries')} each way, "
+        f"{counted(report.galleries, 'gallery', 'galleries')} of {report.gallery}"
     )
     if report.gallery < gallery:
         typer.echo(f"the data fills no gallery of {gallery}; --distractors adds pictures to search among", err=True)
@@ -159,7 +164,7 @@ def matching(
         ["pairs called right", percent(report.accuracy.as_dict()), "50"],
         ["own text above the foreign one", percent(report.order.as_dict()), "50"],
     ]
-    typer.echo(f"{report.model} on {report.data}: {report.order.count} pictures, each with two texts")
+    typer.echo(f"{report.model} on {report.data}: {counted(report.order.count, 'picture')}, each with two texts")
     typer.echo(table(["measure", "% [95 % interval]", "chance %"], rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict() | {"seed": seed})
@@ -231,7 +236,7 @@ def pointing(
         (name, percent(found.hits.as_dict()), percent(found.heat.as_dict()), f"{100 * found.hits.chance:.0f}")
         for name, found in sides
     ]
-    typer.echo(f"{report.model} on {report.data}: {report.trained.hits.count} collages, {report.method}")
+    typer.echo(f"{report.model} on {report.data}: {counted(report.trained.hits.count, 'collage')}, {report.method}")
     typer.echo(table(["weights", "hottest patch right, %", "heat in the right picture, %", "chance %"], rows))
     if out is not None:
         _write_json(out / "report.json", report.as_dict())
@@ -256,7 +261,6 @@ def captions(
     Chance is what the captions get from the references of other pictures.
     """
     from vlm.data.sources import open_source
-    from vlm.errors import ConfigError
     from vlm.tasks.caption_report import evaluate_captions, read_predictions, read_references, source_references
 
     log_warnings()
@@ -267,7 +271,7 @@ def captions(
     source: Any = open_source(data) if references is None else None
     wanted = source_references(source) if references is None else read_references(references)
     report = evaluate_captions(own, wanted, name=str(predictions), missing=missing, seed=seed)
-    typer.echo(f"{report.predictions} against {report.references}: {len(report.pictures)} pictures")
+    typer.echo(f"{report.predictions} against {report.references}: {counted(len(report.pictures), 'picture')}")
     left_out = report.left_out | ({"further captions of one picture": further} if further else {})
     for reason, count in left_out.items():
         typer.echo(f"{count} {reason}")
@@ -284,13 +288,15 @@ def _complete(*sources: Any) -> None:
     """Leave with status 1 when pictures of a source could not be read; each was named as it was met."""
     unread = sum(source.problems.unread for source in sources if source is not None)
     if unread:
-        typer.echo(f"{unread} pictures (or ends of shards) could not be read; the figures are without them", err=True)
+        typer.echo(
+            f"{counted(unread, 'picture')} (or ends of shards) could not be read; the figures are without them",
+            err=True,
+        )
         raise typer.Exit(1)
 
 
 def _depths(text: str) -> list[int]:
     """``1,5`` as numbers, each once, smallest first."""
-    from vlm.errors import ConfigError
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -302,7 +308,6 @@ def _task(data: str, labels_from: str, no_flags: bool) -> tuple[Any, Any, list[s
     """Source, labels, and the concepts that count (None for all)."""
     from vlm.apps.common import read_lines
     from vlm.data.sources import labels_table, open_source
-    from vlm.errors import ConfigError
 
     source = open_source(data)
     metas = [source.meta(number) for number in range(len(source))]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vlm.apps.common import DEFAULT_CAPTIONER, DEFAULT_MODEL, Device, LabelsFile, Model, check_output, load_model
+from vlm.errors import ConfigError, counted, nearest
 
 
 def models() -> None:
@@ -51,7 +52,6 @@ def export(
     """Write a model as another library reads it."""
     import torch
 
-    from vlm.errors import ConfigError, nearest
     from vlm.weights.export import export_hf, export_open_clip
     from vlm.weights.files import check_target
     from vlm.weights.official import export_official
@@ -67,7 +67,7 @@ def export(
         raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
     if to != "vlm" and base is not None:
         raise ConfigError(f"--base {base}: only --to vlm leaves tensors out; leave --base out, or use --to vlm")
-    check_output(out, folder=to != "official")
+    check_output(out, folder=to != "official", inputs=[model] if to == "official" else ())
     if to != "official":
         check_target(out)  # before a model is read
     if base is not None:
@@ -103,15 +103,17 @@ def demo(
     found = find_pictures(pictures or [str(data_dir() / "examples")])
     loaded = load_model(model, device)
     classifier = ZeroShotClassifier(loaded, labels, "drawings")
-    typer.echo(f"{loaded.name} on {len(found)} pictures, zero-shot, among {len(labels)} labels:\n")
+    speaker = Captioner(load_model(captioner, device))  # one that can't speak is refused before anything is shown
+    typer.echo(
+        f"{loaded.name} on {counted(len(found), 'picture')}, zero-shot, among {counted(len(labels), 'label')}:\n"
+    )
     failed: list[str] = []
     for part in as_table(predictions(classifier, found, 3, failed)):
         write_text(part, None)
     readable = [picture for picture in found if picture not in failed]
     if readable:
-        speaker = load_model(captioner, device)
-        typer.echo(f"\n{speaker.name} says what they show:\n")
-        for picture, (_, said) in zip(readable, Captioner(speaker).caption_each(readable), strict=True):
+        typer.echo(f"\n{speaker.model.name} says what they show:\n")
+        for picture, (_, said) in zip(readable, speaker.caption_each(readable), strict=True):
             typer.echo(f"{picture}\n  {said[0].text}")
     finish(failed, len(found))
     typer.echo("\nTry your own: vlm classify PICTURE --labels 'cat,dog,red apple', or vlm caption PICTURE")

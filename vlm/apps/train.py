@@ -21,12 +21,20 @@ app = typer.Typer(help="Train a stage from a configuration.", no_args_is_help=Tr
 
 STAGES = {
     "clip": "Train CLIP (ITC).",
-    "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower.",
+    "vilt": "Train ViLT (ITM, MLM, word-patch alignment), from a CLIP's image tower and words.",
     "albef": "Train ALBEF (ITC, ITM, MLM, momentum distillation), from a CLIP.",
     "blip2-llm": "Train BLIP-2's second step (a Q-Former's queries as words for a frozen language model).",
     "blip": "Train BLIP (ITC, ITM, LM with a teacher for ITC), from an ALBEF or a CLIP.",
     "blip2": "Train BLIP-2's first stage (ITC, ITM, ITG of a Q-Former on frozen images), from a CLIP and a BERT.",
 }
+STARTS = {
+    "vilt": "a CLIP's",
+    "albef": "a CLIP's",
+    "blip": "an ALBEF's or a CLIP's",
+    "blip2": "a CLIP's, and given again minilm or a BERT's",
+    "blip2-llm": "a first step's (vlm train blip2)",
+}
+"""Whose weights each stage begins with; CLIP learns from nothing as well."""
 SEVERAL = "Several GPUs: torchrun --nproc-per-node N -m vlm.apps.cli train {} ..."
 
 Overrides = Annotated[
@@ -80,6 +88,12 @@ def _command(stage: str) -> Callable[..., None]:
             settings = read_run_config(stage, folder, changes)
         else:
             settings = load_config(run_kind(stage), named_config(stage, config or "tiny"), changes)
+            if not settings.start and stage in STARTS and _first():
+                typer.echo(
+                    f"{stage}: nothing to start from: all of the network is random numbers; --start takes "
+                    f"{STARTS[stage]} model or run folder, or a shipped name",
+                    err=True,
+                )
         _run(settings, folder, resume, device)
 
     train.__doc__ = f"{STAGES[stage]} {SEVERAL.format(stage)}"
@@ -140,6 +154,11 @@ def _listed(values: list[str]) -> str:
 
 def log_to_terminal() -> None:
     """Show the package's messages on the first rank's stderr."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _first():
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("vlm").setLevel(logging.INFO)
+
+
+def _first() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0

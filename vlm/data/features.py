@@ -22,7 +22,7 @@ from vlm.data.images import decode_image
 from vlm.data.samples import stable_id
 from vlm.data.sources import Source
 from vlm.data.transforms import ImageTransform
-from vlm.errors import DataError
+from vlm.errors import DataError, reason
 from vlm.files import write_text
 
 NOTE = "features.json"
@@ -186,7 +186,9 @@ def _note(folder: Path) -> dict[str, Any]:
             len(note["shape"]) == 3 and note["type"] in TYPES and {"encoder", "preprocessing", "data"} <= note.keys()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / NOTE}: can't be read ({error}); delete {folder} and compute again") from error
+        raise DataError(
+            f"{folder / NOTE}: can't be read ({reason(error)}); delete {folder} and compute again"
+        ) from error
     if not whole:
         raise DataError(f"{folder / NOTE}: isn't what `vlm data features` writes; delete {folder} and compute again")
     return note

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vlm.errors import DataError
+from vlm.errors import DataError, reason
 
 VOCABULARY, SPECIAL = "tokenizer.json", "special_ids.json"
 IDS = ("start", "end", "pad")
@@ -29,7 +29,7 @@ def llm_parts(files: dict[str, bytes], *, where: str) -> dict[str, Any]:
         engine = Engine.from_str(files[VOCABULARY].decode("utf-8"))
         special = {name: int(json.loads(files[SPECIAL])[name]) for name in IDS}
     except Exception as error:  # tokenizers raises bare exceptions
-        raise DataError(f"{where}: not a language model's tokenizer ({str(error)[:200] or error!r})") from error
+        raise DataError(f"{where}: not a language model's tokenizer ({reason(error)})") from error
     engine.no_truncation()
     engine.no_padding()
     size = engine.get_vocab_size(with_added_tokens=True)

@@ -17,7 +17,7 @@ import torch
 
 from vlm.data.batch import Tokens
 from vlm.data.llm_tokenizer import VOCABULARY, llm_parts, read_llm_files
-from vlm.errors import DataError, nearest
+from vlm.errors import DataError, nearest, reason
 
 # The loader tokenises in forked workers: threads started before the fork would be lost.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -276,7 +276,7 @@ def _words_of_json(path: Path) -> bytes:
         kind, vocab = settings["model"]["type"], settings["model"]["vocab"]
         lowercase = (settings.get("normalizer") or {}).get("lowercase")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a tokenizer's file ({error!r})") from error
+        raise DataError(f"{path}: not a tokenizer's file ({reason(error)})") from error
     words = sorted(vocab, key=vocab.__getitem__) if kind == "WordPiece" else []
     if not (words and lowercase) or [vocab[word] for word in words] != list(range(len(words))):
         raise DataError(f"{path}: expected an uncased WordPiece with ids from 0 on, found {kind}, {lowercase=}")

@@ -17,19 +17,19 @@ _WORTH = 0.9
 class Real(NamedTuple):
     """Which of (B, L) places hold real tokens, so that linear layers run on these alone."""
 
-    index: Tensor
+    places: Tensor
     """(M,) places in the flattened (B L)."""
     batch: int
     length: int
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, L, D) without its padding, as (M, D)."""
-        return x.flatten(0, 1)[self.index]
+        return x.flatten(0, 1)[self.places]
 
     def pad(self, x: Tensor) -> Tensor:
         """(M, D) back in place, as (B, L, D); padding is zero."""
         room = x.new_zeros(self.batch * self.length, x.shape[1])
-        return room.index_copy(0, self.index, x).unflatten(0, (self.batch, self.length))
+        return room.index_copy(0, self.places, x).unflatten(0, (self.batch, self.length))
 
 
 def real_tokens(key_mask: Tensor) -> Real | None:

@@ -61,7 +61,10 @@ class Vqa(nn.Module):
         self.answer_head = MlmHead(decoder.width, decoder.vocab_size, norm_eps=decoder.norm_eps, act=decoder.activation)
 
     def question_states(self, pixels: Tensor, tokens: Mapping[str, Tensor]) -> tuple[Keys, Tensor]:
-        """Read pictures and questions once: keys and values for the decoder, and the mask (B, L) of real tokens."""
+        """Read pictures and questions once: keys and values for the decoder, and the mask (B, L) of real tokens.
+
+        The pictures may divide the B questions, each for several questions in a row.
+        """
         fused, mask = fused_states(self.image, self.text, pixels, tokens, self.config.enc_id)
         return self.decoder.image_states(fused), mask
 
@@ -131,7 +134,11 @@ class Vqa(nn.Module):
             candidates: `input_ids` and `attention_mask` (C, L) of all answers, start and end token included.
             k: answers that are read in full for each question; more than there are means all.
         """
-        question, mask = self.question_states(pixels, tokens)
+        return self.rank_states(*self.question_states(pixels, tokens), candidates, k=k)
+
+    @torch.no_grad()
+    def rank_states(self, question: Keys, mask: Tensor, candidates: Mapping[str, Tensor], *, k: int) -> Ranked:
+        """As `rank`, of questions that were read before: see `question_states`."""
         ids, real = candidates["input_ids"], candidates["attention_mask"].bool()
         start = {"input_ids": ids[:1, :1].expand(len(mask), 1), "attention_mask": real[:1, :1].expand(len(mask), 1)}
         first = self.answer_logits(question, mask, start)[:, 0].float().log_softmax(dim=-1)  # (B, V)

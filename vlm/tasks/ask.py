@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlm.generate import Generated, GenerationConfig
 from vlm.models.lora import merge_lora
 from vlm.models.packed import pack_linears
 from vlm.tasks.caption import caption_draws, content_keys
-from vlm.tasks.vqa import write_answers
+from vlm.tasks.vqa import READ, Answer, cant_answer, rank_answers, write_answers
 from vlm.tasks.zero_shot import Picture, is_picture
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.say import say
@@ -53,10 +53,7 @@ class Asker:
         self.seed, self.batch_size = seed, batch_size
         network: Any = self.model.network
         if not hasattr(network, "begin") and not hasattr(network, "answer_step"):
-            raise MissingVerbError(
-                f"{self.model.name} is a {self.model.family} model and answers no questions; stage 2 of BLIP-2 and a "
-                "vqa model can"
-            )
+            raise cant_answer(self.model)
         self.speaks = hasattr(network, "begin")
 
     def ask(self, images: Picture | Iterable[Picture], questions: str | Sequence[str]) -> Any:
@@ -65,33 +62,55 @@ class Asker:
         images: a picture for all questions, or one for each. Raises DataError naming a picture that can't be read,
         ConfigError when there are as many pictures as questions neither.
         """
-        alone = isinstance(questions, str)
+        answers: list[str] = []
+        for pictures, asked in self._batches(images, questions):
+            answers += self._answers(pictures, asked)
+        return answers[0] if isinstance(questions, str) else answers
+
+    def rank(
+        self, images: Picture | Iterable[Picture], questions: str | Sequence[str], answers: Sequence[str], *,
+        k: int = READ,
+    ) -> Any:  # fmt: skip
+        """The likeliest of some answers to a question, a list of `Answer`, best first; or such a list for each.
+
+        images, questions: as for `ask`. answers: the candidates. k: candidates that are read whole for each question,
+        those with the likeliest first tokens. Raises as `ask`; MissingVerbError for stage 2 of BLIP-2, which has no
+        answer decoder.
+        """
+        if self.speaks:
+            raise MissingVerbError(f"{self.model.name} writes answers and chooses none from a list; a vqa model can")
+        found: list[list[Answer]] = []
+        for pictures, asked in self._batches(images, questions):
+            found += rank_answers(self.model, self.model.pixels(pictures), self.model.tokens(asked), answers, k=k)
+        return found[0] if isinstance(questions, str) else found
+
+    def _batches(
+        self, images: Picture | Iterable[Picture], questions: str | Sequence[str]
+    ) -> Iterator[tuple[list[Any], list[str]]]:
+        """Pictures, one or as many as questions, with questions that run at once."""
         asked = [questions] if isinstance(questions, str) else list(questions)
         given: Any = images
         pictures = [given] if is_picture(given) else list(given)
         if len(pictures) not in (1, len(asked)):
             raise ConfigError(f"{len(pictures)} pictures and {len(asked)} questions: give one, or as many as questions")
-        answers: list[str] = []
         for start in range(0, len(asked), self.batch_size):
             cut = slice(start, start + self.batch_size)
-            answers += self._answers(pictures if len(pictures) == 1 else pictures[cut], asked[cut])
-        return answers[0] if alone else answers
+            yield pictures if len(pictures) == 1 else pictures[cut], asked[cut]
 
     @torch.inference_mode()
     def _answers(self, pictures: list[Any], questions: list[str]) -> list[str]:
         model = self.model
-        pixels = model.pixels(pictures)
-        if not self.speaks:
-            rows = pixels if len(pixels) == len(questions) else pixels.expand(len(questions), -1, -1, -1)
-            return write_answers(model, rows, model.tokens(questions), self.config)
-        network: Any = model.network
-        prompts = prompts_of(model)
-        asked = [prompts.ask(one) for one in questions]
-        visual = model.visual_prompt(network.look(pixels), asked)  # a picture for all is read once
+        pixels = model.pixels(pictures)  # a picture for all is read once
         draws = None
         if self.config.strategy == "nucleus":
             keys = [f"{key}/{one}" for key, one in zip(_keys(pixels, len(questions)), questions, strict=True)]
             draws = _draws(keys, self.seed, self.config)
+        if not self.speaks:
+            return write_answers(model, pixels, model.tokens(questions), self.config, draws=draws)
+        network: Any = model.network
+        prompts = prompts_of(model)
+        asked = [prompts.ask(one) for one in questions]
+        visual = model.visual_prompt(network.look(pixels), asked)
         tokens = model.tokens(asked)
         found = say(network, visual, tokens, self.config, tokenizer=model.tokenizer, draws=draws)
         return [_answer(text, prompts) for text in texts(model, found)]
@@ -120,7 +139,7 @@ class Chat:
         self.seed = seed
         network: Any = self.model.network
         if not hasattr(network, "begin"):
-            raise MissingVerbError(f"{self.model.name} is a {self.model.family} model; only stage 2 of BLIP-2 chats")
+            raise MissingVerbError(f"{self.model.name} is {self.model.kind}; only stage 2 of BLIP-2 chats")
         if self.config.strategy == "beam" or self.config.sequences != 1:
             raise ConfigError("a chat writes one answer as it goes: strategy greedy or nucleus, sequences 1")
         with torch.inference_mode():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlm.data.sources import Label
-from vlm.errors import ConfigError, DataError
+from vlm.errors import ConfigError, DataError, counted
 from vlm.objectives.itc import cosines
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, grouped_share
@@ -96,14 +96,14 @@ def evaluate_zero_shot(
         "no label": int((truth == NO_LABEL).sum()),
         "not kept": int((truth == NOT_KEPT).sum()),
     }
-    counted = np.flatnonzero(truth >= 0)
-    if not len(counted):
+    rows = np.flatnonzero(truth >= 0)
+    if not len(rows):
         raise DataError(
-            f"{source.name}: no picture's concept, name or caption is among the {len(names)} labels "
+            f"{source.name}: no picture's concept, name or caption is among the {counted(len(names), 'label')} "
             f"(first label: {names[0]!r}, first picture: {source.meta(0)['captions'][0]!r})"
         )
-    order = _best(found.image[torch.from_numpy(counted)], classifier.features.cpu(), max(depths))
-    truth = truth[counted]
+    order = _best(found.image[torch.from_numpy(rows)], classifier.features.cpu(), max(depths))
+    truth = truth[rows]
     hits = {k: (order[:, :k] == truth[:, None]).any(axis=1) for k in depths}
     top = {k: grouped_share(hit, truth, min(1.0, k / len(names)), seed=seed) for k, hit in hits.items()}
     return ZeroShotReport(

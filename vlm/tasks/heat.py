@@ -56,11 +56,11 @@ def choose_method(model: VisionLanguageModel, method: str = "auto") -> str:
     able = methods(model)
     if not able:
         raise MissingVerbError(
-            f"{model.name} is a {model.family} model without a part that tells where it looks; CLIP's own ViT, ViLT "
+            f"{model.name} is {model.kind} without a part that tells where it looks; CLIP's own ViT, ViLT "
             "and ALBEF can be explained"
         )
     if method != "auto" and method not in able:
-        raise MissingVerbError(f"{model.name} is a {model.family} model and has no {method}; it has {', '.join(able)}")
+        raise MissingVerbError(f"{model.name} is {model.kind} and has no {method}; it has {', '.join(able)}")
     return able[0] if method == "auto" else method
 
 

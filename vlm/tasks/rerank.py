@@ -28,6 +28,8 @@ TEXTS_AT_ONCE = 32
 """Texts of about one length that meet a picture together: fewer means less padding, more means fewer passes."""
 MATCHED = 1
 
+Progress = Callable[[int, int], None]
+"""Told how many pairs were run, and how many there are."""
 Scorer = Callable[[int, np.ndarray], Tensor]
 """(image row, text rows (T,)) to their matched logits (T,) on the CPU."""
 
@@ -188,16 +190,21 @@ def make_scorer(model: VisionLanguageModel, rows: Rows) -> Scorer:
     return scorer
 
 
-def pair_scores(scorer: Scorer, pairs: np.ndarray) -> np.ndarray:
+def pair_scores(scorer: Scorer, pairs: np.ndarray, *, progress: Progress | None = None) -> np.ndarray:
     """Matched logits (P,) of pairs (P, 2) of an image row and a text row, each different pair scored once.
 
-    Pictures come one after the other, each with all its texts, so that its keys and values are made once.
+    Pictures come one after the other, each with all its texts, so that its keys and values are made once. progress:
+    called before the first of them, and after each.
     """
     different, place = np.unique(pairs, axis=0, return_inverse=True)  # sorted by image
     scores = np.empty(len(different), dtype=np.float64)
     images, starts = np.unique(different[:, 0], return_index=True)
+    if progress is not None:
+        progress(0, len(different))
     for image, start, end in zip(images, starts, [*starts[1:], len(different)], strict=True):
         scores[start:end] = scorer(int(image), different[start:end, 1]).numpy()
+        if progress is not None:
+            progress(int(end), len(different))
     return scores[place.reshape(-1)]
 
 

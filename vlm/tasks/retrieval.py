@@ -17,6 +17,7 @@ from vlm.objectives.itc import cosines
 from vlm.tasks.features import SourceFeatures, source_features
 from vlm.tasks.metrics import Figure, bootstrap, chance_at, ranks_of_best
 from vlm.tasks.rerank import (
+    Progress,
     Rows,
     Score,
     Scorer,
@@ -105,6 +106,7 @@ def evaluate_retrieval(
     rerank: int = 0,
     score: Score = "itm",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> RetrievalReport:
     """Recall in galleries of `gallery` pictures and as many texts.
 
@@ -114,7 +116,8 @@ def evaluate_retrieval(
 
     galleries: how many of them at most; 0 for all. rerank: how many of the nearest candidates of a query are
     scored again, each with the query as a pair, and ordered by `score`; those behind stay in their order. 0
-    for none. A model without features of its own (ViLT) runs every pair, the gallery's size squared.
+    for none. A model without features of its own (ViLT) runs every pair, the gallery's size squared. progress: told of
+    the pairs, see `pair_scores`.
 
     Raises ConfigError when a size is too small or the model can't choose candidates, MissingVerbError when it
     can't match, DataError when there are fewer than two rows.
@@ -128,7 +131,7 @@ def evaluate_retrieval(
     whole = not model.can("encode_image") and model.can("match")
     if whole and (rerank or score != "itm"):
         raise ConfigError(
-            f"{model.name} is a {model.family} model without features to choose candidates by: it ranks the whole "
+            f"{model.name} is {model.kind} without features to choose candidates by: it ranks the whole "
             "gallery by its pairs' matched logits; drop rerank and score, and bound the cost with gallery"
         )
     features, pairs, own = _read(model, source, distractors, paired=bool(rerank) or whole)
@@ -143,7 +146,7 @@ def evaluate_retrieval(
     if pairs is None:
         return RetrievalReport(*sizes, _recall(scores, built, seed))
     scorer = make_scorer(model, pairs)
-    again, count = _again(scores, built, scorer, rerank or gallery, score)
+    again, count = _again(scores, built, scorer, rerank or gallery, score, progress)
     if whole:
         return RetrievalReport(*sizes, _recall(again, built, seed), score="itm", pairs=count)
     second = Reranked(min(rerank, gallery), score, count, _recall(again, built, seed))
@@ -202,7 +205,12 @@ def _cosines(features: SourceFeatures, gallery: _Gallery, way: str) -> np.ndarra
 
 
 def _again(
-    scores: dict[str, list[np.ndarray]], galleries: list[_Gallery], scorer: Scorer, k: int, score: str
+    scores: dict[str, list[np.ndarray]],
+    galleries: list[_Gallery],
+    scorer: Scorer,
+    k: int,
+    score: str,
+    progress: Progress | None,
 ) -> tuple[dict[str, list[np.ndarray]], int]:
     """The scores after re-ranking, and how many pairs were run: those of both ways and all galleries together."""
     chosen = {
@@ -210,7 +218,7 @@ def _again(
         for way in WAYS
     }
     pairs = [_pairs(one, chosen[way][number], way) for way in WAYS for number, one in enumerate(galleries)]
-    found = pair_scores(scorer, np.concatenate(pairs))
+    found = pair_scores(scorer, np.concatenate(pairs), progress=progress)
     ends = np.cumsum([len(part) for part in pairs])
     parts = iter(np.split(found, ends[:-1]))
     again: dict[str, list[np.ndarray]] = {}

@@ -96,7 +96,8 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines of metrics."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0 evaluates only at the end."""
+    """Steps between evaluations, besides the one at the end, which always takes place; 0 for that one alone. An empty
+    `validation` has none at all."""
     save_every: int = 500
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlm.errors import TrainingError
+from vlm.errors import TrainingError, reason
 from vlm.files import write_text
 from vlm.train.checkpoint import Checkpoints, Export, Position, Trained
 from vlm.train.config import TrainConfig
@@ -253,7 +253,7 @@ class Trainer:
         try:
             before = json.loads(path.read_text("utf-8"))["data"]
         except (OSError, ValueError, KeyError) as error:
-            raise TrainingError(f"{path}: can't be read ({error}); this is no run folder to resume") from error
+            raise TrainingError(f"{path}: can't be read ({reason(error)}); this is no run folder to resume") from error
         if before != self.job.fingerprint:
             raise TrainingError(
                 f"{self.run}: the data has changed since this run began, so its place in the epoch means "

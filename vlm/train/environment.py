@@ -40,13 +40,19 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def check_unused(run: Path) -> None:
+    """Raises TrainingError when a folder already holds a run."""
+    if (run / "config.yaml").exists():
+        kind = "finished run" if (run / "model").is_dir() else "run"
+        raise TrainingError(f"{run}: holds a {kind} already; go on with --resume, or choose another --out")
+
+
 def start_run(run: Path, config_text: str, description: dict[str, Any]) -> None:
     """Make the run folder with ``config.yaml`` and ``manifest.json``.
 
     Raises TrainingError when the folder already holds a run, or can't be written.
     """
-    if (run / "config.yaml").exists():
-        raise TrainingError(f"{run}: holds a run already; go on with --resume, or choose another --out")
+    check_unused(run)
     write_text(run / "manifest.json", json.dumps(description, indent=1), error=TrainingError)
     # The configuration comes last: its presence says that the folder is whole.
     write_text(run / "config.yaml", config_text, error=TrainingError)

@@ -16,7 +16,7 @@ from vlm.data.augment import Augment
 from vlm.data.features import Encoded, FeatureStore, open_features, pictures_of
 from vlm.data.sources import Source, open_source
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, with_article
 from vlm.files import held_alone
 
 
@@ -34,8 +34,8 @@ def encoded_by(network: Any, transform: ImageTransform, source: Source) -> Encod
     """What features of a source's pictures are of. Raises ConfigError for a network without a frozen encoder."""
     if not hasattr(network, "look"):
         raise ConfigError(
-            f"features: a {type(network).__name__} trains its image encoder, so that what it sees changes with each "
-            "step; only stages with a frozen one (blip2, blip2-llm) can train on features"
+            f"features: {with_article(type(network).__name__)} trains its image encoder, so that what it sees changes "
+            "with each step; only stages with a frozen one (blip2, blip2-llm) can train on features"
         )
     if any(parameter.requires_grad for parameter in network.image.parameters()):
         raise ConfigError("features: with lora on the image encoder what it sees changes with each step; leave one out")

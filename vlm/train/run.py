@@ -19,14 +19,14 @@ from vlm.data.prompts import Prompts
 from vlm.data.sources import open_source
 from vlm.data.tokenizers import Tokenizer, clip_bpe, wordpiece
 from vlm.data.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, Resize
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, WeightsError, counted
 from vlm.models.blip2_llm import Blip2LlmConfig
 from vlm.train.checkpoint import Position, last_step
 from vlm.train.config import TrainConfig, load_config, to_yaml
 from vlm.train.distributed import Ranks, wait
 from vlm.train.draws import check_maskable, masked
 from vlm.train.engine import Evaluate, Job, Trainer
-from vlm.train.environment import describe, go_on, start_run
+from vlm.train.environment import check_unused, describe, go_on, start_run
 from vlm.train.features import features_of_run
 from vlm.weights.families import FAMILIES, family, family_name
 from vlm.weights.files import save_model
@@ -165,6 +165,8 @@ def train_stage(
     evaluate: figures of the network while training (every rank calls it). Raises ConfigError, DataError,
     WeightsError or TrainingError with what to do.
     """
+    if here.first and not resume:
+        check_unused(run)  # before anything is read for it
     stage = family_name(config.model)
     tokenizer, transform = make_tokenizer(config), make_transform(config)
     source = open_source(config.data)
@@ -254,7 +256,7 @@ def _hides(network: nn.Module, tokenizer: Tokenizer, config: RunConfig[Any]) -> 
 
 
 def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
-    """Give the network its starting weights; warns of matrices that stay frozen at random numbers.
+    """Give the network its starting weights. Raises WeightsError where matrices would stay frozen at random numbers.
 
     Returns teacher and queue of the last official checkpoint among the starts; without one the teacher is the
     student's copy.
@@ -266,14 +268,27 @@ def _begin(network: nn.Module, config: RunConfig[Any]) -> Training | None:
     taught: Training | None = None
     for start in config.start:
         taught = start_from(network, start, training=bool(config.train.teacher.decay)) or taught
-    left = [name for name, parameter in chosen.items() if torch.equal(parameter, random[name])]
-    if left:
-        logger.warning(
-            "%d matrices are frozen that no start gave weights, %s first: they stay random",
-            len(left),
-            left[0],
-        )
+    _check_frozen([name for name, parameter in chosen.items() if torch.equal(parameter, random[name])], config)
     return taught
+
+
+def _check_frozen(left: list[str], config: RunConfig[Any]) -> None:
+    """Refuse a run in which matrices without weights are frozen; one that starts from nothing at all, and freezes no
+    more than its stage does, is let through with a warning: it may be there for its speed."""
+    if not left:
+        return
+    thawed = [name for name in left if name.startswith(tuple(config.train.optim.freeze))]
+    told = f"{counted(len(left), 'matrix', 'matrices')} {'is' if len(left) == 1 else 'are'} frozen that no start gave "
+    told += f"weights, {', '.join(left[:3])} first, and would stay random"
+    if not config.start and not thawed:
+        logger.warning("%s", told)
+        return
+    given = f"start {', '.join(config.start) or '(none)'}"
+    advice = ", or let them learn (train.optim.freeze=[])" if thawed else ""
+    raise WeightsError(
+        f"{given}: {told}. Start also from a model that has them (--start may be given again, later ones over earlier)"
+        f"{advice}"
+    )
 
 
 def read_run_config(stage: str, run: Path, overrides: Iterable[str] = ()) -> RunConfig[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import ConfigError, WeightsError, reason
 from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
@@ -28,6 +29,12 @@ DAMAGED = (
     SafetensorError, RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
 """What reading a file that is no checkpoint raises: torch takes any bytes for a pickle, and stumbles anyhow."""
+WRITTEN = (
+    r"(open_clip_)?(config\.json|model\.safetensors)|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|"
+    r"README\.md|vocab\.(txt|json)|merges\.txt|special_ids\.json|chat_template\.(jinja|json)|qformer_tokenizer|"
+    r"(generation|(video_)?(pre)?processor|tokenizer)_config\.json|(tokenizer|added_tokens|special_tokens_map)\.json"
+)
+"""Names of what a model's folder consists of, as vlm and transformers write it; all else there is somebody's own."""
 BASE = "base"
 """In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out, and `parts` where the
 model has some of its parts alone."""
@@ -92,7 +99,12 @@ def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
                 f"{path}: a TorchScript program, which isn't run here; its weights come with "
                 "open_clip:ARCH/openai (such as open_clip:ViT-B-32/openai), or save its state dict as safetensors"
             ) from error
-        raise WeightsError(f"{path}: damaged or not a checkpoint ({error!r:.200}); fetch it again") from error
+        said = (
+            reason(error)
+            if isinstance(error, (SafetensorError, RuntimeError, OSError, EOFError))
+            else "no tensors there"
+        )
+        raise WeightsError(f"{path}: damaged or not a checkpoint ({said}); {_remedy(path)}") from error
     for name in ("state_dict", "model", "module"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -102,6 +114,14 @@ def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
     if not named:
         raise WeightsError(f"{path}: holds no tensors")
     return {name: value for name, value in named.items() if not (without and name.startswith(without))}
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged file; what one's own run has written can't be fetched."""
+    run = next((folder for folder in list(path.parents)[1:4] if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        return "fetch it again"
+    return f"take the model of an earlier step in {run / 'checkpoints'}, or train again"
 
 
 def _load_without(path: Path, start: str) -> dict[str, Tensor]:
@@ -297,11 +317,17 @@ def write_model(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raises WeightsError where a model written to `target` would take the place of something else."""
-    models = ({CONFIG, WEIGHTS}, {"open_clip_config.json", "open_clip_model.safetensors"})
+    """Raises WeightsError where a model written to `target` would take the place of something else, which it names."""
+    models = ({CONFIG, WEIGHTS}, {"open_clip_config.json", "open_clip_model.safetensors"}, {CONFIG, INDEX})
     names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
-    if target.exists() and names and not any(model <= names for model in models):
-        raise WeightsError(f"{target}: holds other files, which a model would replace; choose a new or empty folder")
+    held = any(model <= names for model in models)
+    others = sorted(name for name in names if not (held and re.fullmatch(WRITTEN, name)))
+    if target.exists() and others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        raise WeightsError(
+            f"{target}: holds other files, which a model would replace: {', '.join(others[:5])}{more}; choose a new "
+            "or empty folder, or move them away"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -309,7 +335,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: can't be read ({error})") from error
+        raise WeightsError(f"{path}: can't be read ({reason(error)})") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm.errors import WeightsError
+from vlm.errors import WeightsError, reason
 from vlm.models.blip import Blip, BlipConfig
 from vlm.models.common_space import log_scale
 from vlm.models.transformer import TransformerConfig
@@ -19,6 +19,7 @@ from vlm.weights.blip import ADDED, find_heads, find_sharing, is_vqa, unfit, unf
 from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
     PREPROCESSOR,
+    TEMPERATURE,
     activation,
     activation_name,
     bert_tokenizer,
@@ -41,13 +42,15 @@ ARCHITECTURES = {
 }
 """Classes and the heads that they need."""
 VQA = "BlipForQuestionAnswering"
+PROMPT = "prompt_ids"
+"""Key in config.json of the prompt that a captioner was trained with, which transformers' classes have no place for."""
 
 
 def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> VisionLanguageModel:
     """A folder of one of transformers' BLIP classes, or of both, with the heads that it holds.
 
     [ENC] begins a text that is matched, and a question, as in the paper; transformers leaves [CLS] there unless its
-    caller puts [ENC]. A captioner has no prompt, as there.
+    caller puts [ENC]. A captioner has no prompt, as there, unless `export_hf_blip` noted one; likewise the temperature.
 
     Args:
         folder: with weights and, if they are there, the processor's files.
@@ -67,7 +70,8 @@ def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
     known = {key: value for key, value in tensors.items() if key not in twins}
     ours = to_ours(known, kind.rules(config), where=where, left_out=LEFT_OUT)
     if isinstance(config, BlipConfig) and "itc" in config.heads:  # what only ranks has no temperature there
-        ours["log_scale"] = log_scale(config.logit_scale_init).detach()
+        temperature = _noted(settings, TEMPERATURE, float, 1 / config.logit_scale_init, where=where)
+        ours["log_scale"] = log_scale(1 / temperature).detach()
     network = build(lambda: kind.network(config), ours, where=where)
     tokenizer = read_tokenizer(folder, max_length=config.text.context_length, vocab_size=config.text.vocab_size)
     transform = squashed(folder, config.image.image_size)
@@ -91,7 +95,7 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
     try:
         theirs: Any = Theirs.from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise WeightsError(f"{where}: not a BLIP's configuration ({str(error)[:300]})") from error
+        raise WeightsError(f"{where}: not a BLIP's configuration ({reason(error)})") from error
     image, text = theirs.vision_config, theirs.text_config
     view, act = image_config(image, where=where), activation(text.hidden_act, where=where)
     words = TransformerConfig(
@@ -104,8 +108,18 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
     if VQA in (settings.get("architectures") or ()) or is_vqa(tensors):
         return VqaConfig(view, words, med_answer_decoder(words), enc, dec, BlipConfig.label_smoothing)
     heads = find_heads(tensors, where)
-    config = BlipConfig(view, words, heads, dec_id=dec, enc_id=enc, embed_dim=theirs.image_text_hidden_size)
+    prompt = _noted(settings, PROMPT, lambda ids: tuple(map(int, ids)), (), where=where)
+    config = BlipConfig(
+        view, words, heads, dec_id=dec, enc_id=enc, prompt_ids=prompt, embed_dim=theirs.image_text_hidden_size
+    )
     return replace(config, sharing=find_sharing(tensors, config))
+
+
+def _noted(settings: Mapping[str, Any], name: str, read: Callable[[Any], Any], default: Any, *, where: str) -> Any:
+    try:
+        return read(settings[name]) if settings.get(name) else default
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{where}: config.json: {name} {settings[name]!r} can't be read ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -147,12 +161,17 @@ def export_hf_blip(model: VisionLanguageModel, folder: Path) -> Path:
     network: Any = exportable(model, (Blip, Vqa), "transformers' BLIP", reasons)
     config, kind = network.config, _kind(network.config)
     tensors = to_theirs(network.state_dict(), kind.rules(config))
+    noted: dict[str, Any] = {}
+    if getattr(config, "prompt_ids", ()):
+        noted[PROMPT] = list(config.prompt_ids)
+    if "itc" in _heads(config):
+        noted[TEMPERATURE] = float(1 / network.logit_scale.detach())
     # Shared tensors once more under the decoder's names; safetensors refuses two names of one memory.
     tensors |= {copy: tensors[kept].clone() for copy, kept in kind.twins(config).items()}
 
     def fill(target: Path) -> None:
         save_file({name: value.cpu() for name, value in tensors.items()}, target / WEIGHTS, metadata={"format": "pt"})
-        write_json(target / CONFIG, _hf_config(config))
+        write_json(target / CONFIG, _hf_config(config) | noted)
         write_json(target / PREPROCESSOR, squashing(model.transform))
         model.tokenizer.save(target)
         write_json(target / "tokenizer_config.json", bert_tokenizer(model.tokenizer))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.errors import WeightsError
+from vlm.errors import WeightsError, reason
 from vlm.models.blip2 import Blip2, Blip2Config
 from vlm.models.qformer import QFormerConfig
 from vlm.models.transformer import TransformerConfig
@@ -19,6 +19,7 @@ from vlm.weights.blip2 import without_types
 from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_parts import (
     PREPROCESSOR,
+    TEMPERATURE,
     activation,
     activation_name,
     bert_tokenizer,
@@ -40,9 +41,9 @@ ARCHITECTURES = (MATCHER, SPEAKER, "Blip2Model", INSTRUCTED, QFORMER)
 DEFAULTS = {"blip-2": SPEAKER, "instructblip": INSTRUCTED, "blip_2_qformer": QFORMER}
 """By model type, the class of a folder that doesn't say."""
 ADVICE = ". An eps alone may change with --near: where states vary by 1 or more, features shift by millionths"
-HEAD, TEMPERATURE = "cls.predictions", "itc_temperature"
-"""What their class has no place for: the head that says words stands beside its tensors, under BERT's name, and the
-temperature in config.json. Both are left out by transformers."""
+HEAD = "cls.predictions"
+"""What their class has no place for: the head that says words stands beside its tensors, under BERT's name, and
+transformers leaves it out; as it does the temperature in config.json."""
 
 
 def load_hf_blip2(folder: Path, settings: Mapping[str, Any], name: str = "", *, llm: str = "") -> VisionLanguageModel:
@@ -154,7 +155,7 @@ def read_config(kind: str, settings: Mapping[str, Any], where: str) -> Any:
     try:
         return getattr(transformers, kind).from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{where}: not a {kind} ({str(error)[:300]})") from error
+        raise WeightsError(f"{where}: not a {kind} ({reason(error)})") from error
 
 
 def qformer_config(

@@ -13,6 +13,8 @@ from vlm.models.vit import ViTConfig
 from vlm.weights.files import read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+TEMPERATURE = "itc_temperature"
+"""Key in config.json of what transformers' BLIP and BLIP-2 have no place for and leave alone."""
 FILTERS = {2: "bilinear", 3: "bicubic"}
 ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 

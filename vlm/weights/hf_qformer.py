@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError, WeightsError
+from vlm.errors import ConfigError, WeightsError, with_article
 from vlm.models.qformer import QFormer, QFormerConfig
 from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
 from vlm.weights.hf_blip2 import QFORMER, qformer_config, qformer_settings, read_config, unfit_qformer
@@ -58,7 +58,9 @@ def export_hf_qformer(network: nn.Module, folder: Path | str) -> Path:
     """
     found: Any = getattr(network, "qformer", network)
     if not isinstance(found, QFormer):
-        raise WeightsError(f"a {type(network).__name__} has no Q-Former, so it can't be written as a {QFORMER}")
+        raise WeightsError(
+            f"{with_article(type(network).__name__)} has no Q-Former, so it can't be written as a {QFORMER}"
+        )
     config = found.config
     wrong = [reason for reason, so in unfit_qformer(config).items() if so]
     if wrong:

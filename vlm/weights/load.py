@@ -9,7 +9,7 @@ import torch
 
 from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import WeightsError, nearest
+from vlm.errors import WeightsError, nearest, reason, with_article
 from vlm.weights.families import family
 from vlm.weights.files import CONFIG, WEIGHTS, assign, build, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
@@ -66,12 +66,12 @@ def load_folder(folder: Path, *, llm: str = "") -> VisionLanguageModel:
         config: Any = TypeAdapter(kind.config).validate_python(settings["config"])
         transform = ImageTransform.from_dict(settings["transform"])
     except (KeyError, ValidationError, TypeError) as error:
-        raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({error})") from error
+        raise WeightsError(f"{folder / CONFIG}: not a model's configuration ({reason(error)})") from error
     tensors, where = model_tensors(folder), str(folder / WEIGHTS)
     if kind.complete is None:
         if llm:
             raise WeightsError(
-                f"{folder}: a {stage} model speaks without a language model; llm is for stage 2 of BLIP-2"
+                f"{folder}: {with_article(stage)} model speaks without a language model; llm is for stage 2 of BLIP-2"
             )
         network = build(lambda: kind.network(config), tensors, where=where)
     else:

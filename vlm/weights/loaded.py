@@ -13,7 +13,7 @@ from vlm.data.batch import Tokens
 from vlm.data.images import load_image
 from vlm.data.tokenizers import Tokenizer, wordpiece
 from vlm.data.transforms import ImageTransform, pad_pictures
-from vlm.errors import ConfigError, DataError, MissingVerbError, VlmError, WeightsError
+from vlm.errors import ConfigError, DataError, MissingVerbError, VlmError, WeightsError, with_article
 from vlm.generate import Generated, GenerationConfig, generate
 from vlm.models.cache import DecoderState
 from vlm.models.heads import no_head
@@ -155,6 +155,11 @@ class VisionLanguageModel:
         return self._verb("logit_scale")
 
     @property
+    def kind(self) -> str:
+        """What messages call it, such as ``an albef model``."""
+        return f"{with_article(self.family)} model"
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
@@ -192,9 +197,7 @@ class VisionLanguageModel:
             raise no_head(self.name, heads[verb], network.config.heads)
         found = getattr(self.network, verb, None)
         if found is None:
-            raise MissingVerbError(
-                f"{self.name} is a {self.family} model and has no {verb}; {STAGES.get(verb, 'none')} can"
-            )
+            raise MissingVerbError(f"{self.name} is {self.kind} and has no {verb}; {STAGES.get(verb, 'none')} can")
         return found
 
 
@@ -213,7 +216,7 @@ def exportable(
     """
     if not isinstance(model.network, kind):
         own = hasattr(model.network, "config")
-        reason = f"it is a {model.family} model" if own else "it is no network of ours"
+        reason = f"it is {model.kind}" if own else "it is no network of ours"
         raise WeightsError(f"{model.name} can't be written as {target}: {reason}")
     wrong = [reason for reason, found in unfit(model.network).items() if found]
     if wrong:

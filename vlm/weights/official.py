@@ -132,7 +132,7 @@ def export_official(model: VisionLanguageModel, path: Path | str, *, training: T
     layout = next((one for one in LAYOUTS if one.family == model.family), None)
     if layout is None:
         titles = ", ".join(one.title for one in LAYOUTS)
-        raise WeightsError(f"{model.name} is a {model.family} model; only {titles} have an official file of this kind")
+        raise WeightsError(f"{model.name} is {model.kind}; only {titles} have an official file of this kind")
     network: Any = exportable(
         model, nn.Module, f"an official {layout.title} checkpoint", lambda network: layout.unfit(network.config)
     )

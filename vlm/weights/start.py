@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.data.tokenizers import load_tokenizer, wordpiece
-from vlm.errors import WeightsError
+from vlm.errors import WeightsError, with_article
 from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.blip2 import BLIP2
 from vlm.weights.blip2_llm import BLIP2_LLM
@@ -106,7 +106,9 @@ def _start_file(network: nn.Module, path: Path, training: bool) -> Training | No
 
 def _start_blip2(network: nn.Module, parts: Parts, where: str) -> None:
     if not hasattr(network, "qformer"):
-        raise WeightsError(f"{where}: a BLIP-2 can't start a {type(network).__name__}, which has no Q-Former")
+        raise WeightsError(
+            f"{where}: a BLIP-2 can't start {with_article(type(network).__name__)}, which has no Q-Former"
+        )
     check_alike(network, parts, where)
     start_parts(network, parts.tensors, where=where)
 
@@ -120,8 +122,8 @@ def start_text(network: nn.Module, folder: Path) -> None:
     text = getattr(network if qformer is None else qformer, "text", None)
     if not isinstance(text, Transformer):
         raise WeightsError(
-            f"{folder}: a text encoder can't start a {type(network).__name__}, which has no text tower; start it from "
-            "a CLIP's model or run folder, or a shipped name"
+            f"{folder}: a text encoder can't start {with_article(type(network).__name__)}, which has no text tower; "
+            "start it from a CLIP's model or run folder, or a shipped name"
         )
     theirs = bert_config(read_json(folder / CONFIG))
     ours: TransformerConfig = text.config

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlm.data.transforms import ImageTransform
-from vlm.errors import WeightsError
+from vlm.errors import WeightsError, reason
 from vlm.models.vilt import HEADS, Vilt, ViltConfig
 from vlm.models.vit import ViTConfig
 from vlm.weights.files import CONFIG, WEIGHTS, build, read_weights, write_json, write_model
@@ -76,7 +76,7 @@ def hf_vilt_config(settings: Mapping[str, Any], heads: tuple[str, ...], *, where
     try:
         theirs: Any = Theirs.from_dict(dict(settings))
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise WeightsError(f"{where}: not a ViLT's configuration ({str(error)[:300]})") from error
+        raise WeightsError(f"{where}: not a ViLT's configuration ({reason(error)})") from error
     image_size, patch_size = (square(getattr(theirs, side), side, where) for side in ("image_size", "patch_size"))
     wrong = {
         f"hidden_act {theirs.hidden_act!r}: expected one of {', '.join(ACTS)}": theirs.hidden_act not in ACTS,

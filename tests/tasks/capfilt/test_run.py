@@ -246,3 +246,4 @@ def test_the_filter_is_measured_once(folder: Path, done: Path, monkeypatch: pyte
     run(settings(folder, threshold=THRESHOLD), done)
     check = json.loads((done / "report.json").read_text())["filter"]
     assert check["recall"]["count"] == 2 and check["own_kept"]["count"] == 2
+    assert not check["trained_on"] and "fine-tuned" not in (done / "report.md").read_text()

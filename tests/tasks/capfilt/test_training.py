@@ -43,6 +43,8 @@ def test_both_begin_as_the_same_model_and_learn_their_own_losses(tmp_path: Path)
     assert losses(tmp_path / "out" / "pretrained") == {"itc", "itm", "lm"}
     new = vlm.load(result.model, device="cpu").network.state_dict()
     assert not torch.equal(new["text.tokens.weight"], first["text.tokens.weight"])
+    assert result.report["filter"]["trained_on"]
+    assert "which it was fine-tuned on" in (tmp_path / "out" / "report.md").read_text()
     before = content(tmp_path / "out")
     again = run_capfilt(config, tmp_path / "out", ALONE, how=HERE)  # everything is there
     assert again == result and content(tmp_path / "out") == before

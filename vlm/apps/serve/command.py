@@ -44,7 +44,7 @@ def serve(config: ServeConfig) -> None:
         # BLIP-2 has a feature for each of its queries.
         if not all(map(model.can, ("encode_image", "encode_text"))) or hasattr(model.network, "qformer"):
             raise ConfigError(
-                f"{config.model}: a {model.family} model, which has no one feature of a picture or of a text alone; "
+                f"{config.model}: {model.kind}, which has no one feature of a picture or of a text alone; "
                 "vlm serve needs them, so name a CLIP, an ALBEF or a BLIP"
             )
         pack_linears(model.network)

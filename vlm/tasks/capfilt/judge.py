@@ -64,7 +64,7 @@ def need_heads(model: VisionLanguageModel, *heads: str) -> None:
     """Raises MissingVerbError, which names the head, for a model that has no such ones."""
     if not isinstance(model.network, Blip):
         raise MissingVerbError(
-            f"{model.name}: a {model.family} model has no {', '.join(heads)} head of a MED; CapFilt needs a BLIP"
+            f"{model.name}: {model.kind} has no {', '.join(heads)} head of a MED; CapFilt needs a BLIP"
         )
     for head in heads:
         if head not in model.network.config.heads:

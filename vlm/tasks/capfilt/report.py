@@ -114,7 +114,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     if report["settings"].get("judged"):
         lines += ["", f"Texts and scores are those of {report['settings']['judged']}."]
     check = report["filter"]
-    lines += ["", f"The filter on {check['data']}, half of whose texts were exchanged between pictures:", ""]
+    known = " (which it was fine-tuned on, so it knows them: see --check)" if check["trained_on"] else ""
+    lines += ["", f"The filter on {check['data']}{known}, half of whose texts were exchanged between pictures:", ""]
     names = {"precision": "dropped texts that were exchanged", "recall": "exchanged texts that were dropped"}
     names["own_kept"] = "own texts that were kept"
     lines += _table(

@@ -225,8 +225,16 @@ def _filter_check(job: Job, human: Source) -> dict[str, Any]:
             Judge(judge), source, pictures=config.check_pictures, seed=config.seed, batch_size=job.batch_size,
             workers=job.workers,
         )  # fmt: skip
-        write_text(path, json.dumps(vars(scored), ensure_ascii=False) + "\n")
-    return Exchanged(**json.loads(path.read_text("utf-8"))).at(config.threshold).as_dict()
+        known = {"trained_on": _trained_on(config)}
+        write_text(path, json.dumps(vars(scored) | known, ensure_ascii=False) + "\n")
+    found = json.loads(path.read_text("utf-8"))
+    known = {"trained_on": found.pop("trained_on")}
+    return Exchanged(**found).at(config.threshold).as_dict() | known
+
+
+def _trained_on(config: CapfiltConfig) -> bool:
+    """Whether the filter was fine-tuned here on what it is measured on."""
+    return not config.judge and (not config.check or bool(set(config.check) & set(config.human)))
 
 
 def _fingerprints(config: CapfiltConfig, sources: dict[str, Source]) -> dict[str, str]:

@@ -84,7 +84,8 @@ class CapfiltConfig:
 
 @dataclass(frozen=True)
 class Execution:
-    """How it is computed; the texts that are kept don't depend on any of this."""
+    """How it is computed. The texts that are kept don't depend on engine, actors or workers; another batch size or
+    device rounds scores otherwise, and may turn one that lies on the threshold."""
 
     engine: Literal["local", "ray"] = "local"
     """This process, or actors of Ray Data."""

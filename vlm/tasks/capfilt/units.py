@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -79,19 +79,28 @@ class Reading:
     web_field: str
     workers: int = 0
 
+    def field_of(self, unit: Unit) -> str:
+        """Field that holds the text as it was found; empty where the captions are meant."""
+        return self.web_field if unit.kind == "web" else ""
+
+
+class _Part(NamedTuple):
+    """What makes a batch."""
+
+    unit: Unit
+    numbers: list[int]
+    """Of samples, in their source."""
+    last: bool
+
 
 @dataclass(frozen=True)
 class _Batches(Dataset[Pictures]):
-    """Makes the batch with a number; lives in the workers."""
+    """Makes the batches; lives in the workers."""
 
     reading: Reading
-    work: list[tuple[Unit, list[int], bool]] = field(repr=False)
 
-    def __len__(self) -> int:
-        return len(self.work)
-
-    def __getitem__(self, number: int) -> Pictures:
-        unit, numbers, last = self.work[number]
+    def __getitem__(self, part: _Part) -> Pictures:
+        unit, numbers, last = part
         source, transforms = self.reading.sources[unit.kind], self.reading.transforms
         rows, skipped = [], []
         pixels: list[list[Tensor]] = [[] for _ in transforms]
@@ -107,7 +116,7 @@ class _Batches(Dataset[Pictures]):
                 continue
             for one, transform in zip(pixels, transforms, strict=True):
                 one.append(transform(image))
-            texts = found_texts(sample.meta, self.reading.web_field if unit.kind == "web" else "")
+            texts = found_texts(sample.meta, self.reading.field_of(unit))
             rows.append(Row(place, sample.key, sample.meta, sample.image, texts))
         joined = tuple(torch.stack(one) for one in pixels) if rows else ()
         return Pictures(unit, last, tuple(rows), joined, tuple(skipped))
@@ -134,23 +143,30 @@ def read_units(reading: Reading, units: Sequence[Unit]) -> Iterator[Pictures]:
 
     A batch's texts are about as long as each other. Raises DataError where a source can't be read any more.
     """
-    work = [one for unit in units for one in _cut(unit, reading)]
+    parts = (part for unit in units for part in _cut(unit, reading))  # a unit at a time: there may be millions
     settings: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _one_thread} if reading.workers else {}
     loader = DataLoader(
-        _Batches(reading, work), batch_size=None, num_workers=reading.workers, generator=torch.Generator(), **settings
-    )
-    for batch in loader:
-        if batch.failed:
-            raise DataError(f"{batch.failed}; {MEND}")
-        yield batch
+        _Batches(reading), batch_size=None, sampler=parts, num_workers=reading.workers, generator=torch.Generator(),
+        **settings,
+    )  # fmt: skip
+    try:
+        for batch in loader:
+            if batch.failed:
+                raise DataError(batch.failed)
+            yield batch
+    except DataError as error:
+        raise DataError(f"{error}; {MEND}") from error
 
 
-def _cut(unit: Unit, reading: Reading) -> list[tuple[Unit, list[int], bool]]:
+def _cut(unit: Unit, reading: Reading) -> list[_Part]:
+    """A unit's batches, by the length of the texts that are judged: a web text may be far longer than its caption."""
+    source, name = reading.sources[unit.kind], reading.field_of(unit)
     numbers = np.arange(unit.start, unit.stop)
-    order = numbers[np.argsort(reading.sources[unit.kind].lengths[numbers], kind="stable")]
-    size = reading.batch_size
-    parts = [order[start : start + size].tolist() for start in range(0, len(order), size)]
-    return [(unit, part, place == len(parts) - 1) for place, part in enumerate(parts)]
+    texts = [found_texts(source.meta(number), name) for number in numbers.tolist()]
+    lengths = [sum(map(len, some)) / max(1, len(some)) for some in texts]
+    order, size = numbers[np.argsort(lengths, kind="stable")], reading.batch_size
+    cuts = [order[start : start + size].tolist() for start in range(0, len(order), size)]
+    return [_Part(unit, cut, place == len(cuts) - 1) for place, cut in enumerate(cuts)]
 
 
 def _one_thread(_: int) -> None:
