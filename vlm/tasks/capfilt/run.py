@@ -167,7 +167,9 @@ def _tune(
 
 def _take(config: CapfiltConfig, out: Path, start: _Start, units: list[Unit]) -> None:
     """Step 1 where an earlier folder's texts and scores are taken: make sure that they are the ones wanted here."""
-    given = {part: weights_digest(start.models[part].network) for part, name in start.wanted.items() if name}
+    given: dict[str, str] = {
+        part: weights_digest(start.models[part].network) for part, name in start.wanted.items() if name
+    }
     models = check_earlier(config, start.began, given, units)
     settle(out / "capfilt.json", start.began, what="this CapFilt")
     settle(out / "models.json", {part: models.get(part) for part in start.wanted}, what="the texts")
