@@ -60,6 +60,12 @@ def test_an_interrupted_run_can_be_resumed(run: Run, folder: Path) -> None:
     assert done.code == 1 and f"vlm train clip --out {folder} --resume" in done.out
 
 
+def test_a_run_that_logged_nothing_yet_is_told_from_no_run(run: Run, folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("")
+    done = run("doctor", folder)
+    assert done.code == 2 and "hasn't logged a step yet" in done.err and "--resume" in done.err
+
+
 def test_pictures_are_tried(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "2.png").write_bytes(b"no picture")
     done = run("doctor", folder)

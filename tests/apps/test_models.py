@@ -101,6 +101,16 @@ def test_a_bidirectional_text_tower_goes_nowhere_else(run: Run, model: str, tmp_
     assert not (tmp_path / "copy").exists()
 
 
+def test_a_model_is_not_written_over_itself(run: Run, model: str, tmp_path: Path) -> None:
+    """Half precision would replace the only whole copy."""
+    own = tmp_path / "own"
+    assert run("export", "--model", model, "--to", "vlm", "--out", own).code == 0
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    refused = run("export", "--model", own, "--to", "vlm", "--dtype", "fp16", "--out", own)
+    assert refused.code == 2 and "is one of the inputs" in refused.err
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+
 def test_export_of_an_official_albef(run: Run, tmp_path: Path) -> None:
     first, again = tmp_path / "ALBEF.pth", tmp_path / "again.pth"
     stored = reference().checkpoint()

@@ -54,7 +54,11 @@ def read_run(run: Path, pictures: int = 0) -> Run:
         reason = getattr(error, "strerror", "") or error
         raise ConfigError(f"{path}: can't be read ({reason}); expected the folder of a training run") from error
     if not lines:
-        raise ConfigError(f"{path}: no line of metrics in it; expected the metrics.jsonl of a training run")
+        begun = (folder / "config.yaml").is_file()
+        what = "the run hasn't logged a step yet (train.log_every); if it was stopped, go on with --resume"
+        raise ConfigError(
+            f"{path}: no line of metrics in it; {what if begun else 'expected the metrics.jsonl of a training run'}"
+        )
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     manifest = _manifest(folder / "manifest.json")
     words = manifest.get("command") or []

@@ -67,7 +67,7 @@ def export(
         raise ConfigError(f"--dtype {dtype}: --to {to} writes fp32; leave --dtype out, or use --to vlm")
     if to != "vlm" and base is not None:
         raise ConfigError(f"--base {base}: only --to vlm leaves tensors out; leave --base out, or use --to vlm")
-    check_output(out, folder=to != "official", inputs=[model] if to == "official" else ())
+    check_output(out, folder=to != "official", inputs=[model])
     if to != "official":
         check_target(out)  # before a model is read
     if base is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlm.errors import TrainingError
+from vlm.errors import TrainingError, counted
 from vlm.files import write_text
 
 logger = logging.getLogger("vlm.train")
@@ -129,7 +129,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         lines.append(line)
     if left_out:
-        logger.warning("%s: %d lines that can't be read, as after a kill, left out", path, left_out)
+        logger.warning("%s: %s that can't be read, as after a kill, left out", path, counted(left_out, "line"))
     return lines
 
 

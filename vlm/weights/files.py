@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
-from vlm.errors import ConfigError, WeightsError, reason
+from vlm.errors import ConfigError, WeightsError, reason, with_article
 from vlm.files import write_folder
 from vlm.weights.rules import refuse
 
@@ -235,12 +235,14 @@ def save_model(
         whole = parts == {name.split(".")[0] for name in base.tensors}
         config[BASE] = {"name": base.name, "sha256": base.sha256} | ({} if whole else {"parts": sorted(parts)})
 
+    written = f"{with_article(family).capitalize()} model written by vlm."
+
     def fill(temporary: Path) -> None:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         # safetensors makes files that their owner alone can read; others get what any new file here would give.
         (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)
         tokenizer.save(temporary)
-        (temporary / CARD).write_text(card or f"# {name}\n\nA {family} model written by vlm.\n", "utf-8")
+        (temporary / CARD).write_text(card or f"# {name}\n\n{written}\n", "utf-8")
         write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
