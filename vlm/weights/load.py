@@ -11,7 +11,7 @@ from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest, reason, with_article
 from vlm.weights.families import family
-from vlm.weights.files import CONFIG, WEIGHTS, assign, build, read_json, read_tensors
+from vlm.weights.files import CONFIG, WEIGHTS, adopt, build, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
@@ -77,11 +77,10 @@ def load_folder(folder: Path, *, llm: str = "") -> VisionLanguageModel:
     else:
         with torch.device("meta"):
             network = kind.network(config)
-        network.to_empty(device="cpu")
         kind.complete(network, llm=llm)
         if hasattr(network, "adapt"):
             network.adapt()  # type: ignore[operator]
-        assign(network, tensors, where=where)
+        adopt(network, tensors, where=where)
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 
