@@ -114,9 +114,9 @@ def _found(name: str, image: str | Path | None, llm: str) -> VisionLanguageModel
         raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
         return _from_checkpoint(path, image, llm)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from vlm.weights.from_hf import load_hub
+    from vlm.weights.from_hf import is_repo_id, load_hub
 
+    if is_repo_id(name):
         return load_hub(name)
     names = list(shipped())
     listed = ", ".join(names) or "none in this checkout"
