@@ -45,10 +45,8 @@ def add_lora(part: nn.Module, layers: Sequence[str], config: LoraConfig) -> None
         import peft
     except ImportError as error:
         raise ConfigError("lora needs peft: pip install 'vlm[llm]', or set model.lora.rank=0") from error
-    named = [(f".{name}", one) for name, one in part.named_modules()]
-    if any(
-        isinstance(one, Int8Linear) and name.endswith(tuple(f".{layer}" for layer in layers)) for name, one in named
-    ):
+    ends = tuple(f".{layer}" for layer in layers)
+    if any(isinstance(one, Int8Linear) and f".{name}".endswith(ends) for name, one in part.named_modules()):
         raise ConfigError(
             f"lora.targets {list(layers)}: these layers are held in int8, beside which nothing can be learnt; set "
             "model.llm.weights to bf16 or nf4, or leave llm out of lora.targets"
