@@ -21,6 +21,7 @@ from vlm.weights import llm as llms
 from vlm.weights import low_bits
 from vlm.weights.llm import converted, find_llm, load_llm, load_llm_tokenizer, narrowed, weights_hash
 from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.shipped import model_tensors
 
 SETTINGS = LlmConfig(width=WIDTH)
 
@@ -61,6 +62,26 @@ def test_another_language_model_is_refused(folder: Path, tmp_path: Path) -> None
     random_model().save(tmp_path / "clip")
     with pytest.raises(WeightsError, match="without a language model"):
         vlm.load(tmp_path / "clip", device="cpu", llm=str(other))
+
+
+def test_what_was_trained_is_held_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that were read are the network's, and not copied into others; LoRA's too."""
+    network = stage(lora=LoraConfig(rank=2, targets={"llm": ("q_proj",), "image": ("qkv",)}))
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder)))
+    network.adapt()
+    tokenizer, transform = load_llm_tokenizer(str(folder)), replace(random_model().transform, size=32)
+    VisionLanguageModel(network, tokenizer, transform, name="small", family="blip2-llm").save(tmp_path / "model")
+    read: dict[str, torch.Tensor] = {}
+
+    def remembered(where: Path) -> dict[str, torch.Tensor]:
+        read.update(model_tensors(where))
+        return read
+
+    monkeypatch.setattr("vlm.weights.load.model_tensors", remembered)
+    found = vlm.load(tmp_path / "model", device="cpu").network.state_dict()
+    assert found.keys() == read.keys() and any("lora_" in name for name in found)
+    assert all(value.data_ptr() == read[name].data_ptr() for name, value in found.items())
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in found.items())
 
 
 def test_tokenizer_begins_and_ends_texts_as_the_model_does(folder: Path, tmp_path: Path) -> None:
