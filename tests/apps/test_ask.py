@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from tests.apps.conftest import Run
 from tests.models.small_llm import llm_folder
 from tests.tasks.test_ask import model as speaker
 from tests.tasks.test_vqa import ANSWERS, QUESTIONS, answering
+from vlm.generate import GenerationConfig
 from vlm.tasks.ask import Asker
+from vlm.tasks.caption import Captioner
 
 
 @pytest.fixture
@@ -53,6 +56,32 @@ def test_chat_answers_until_an_empty_line(
         "ask", pictures / "red.png", "what colour is it ?", *talker, "--max-new-tokens", 5, "--strategy", "greedy"
     )
     assert found.out.splitlines()[0] == single.out.strip()
+
+
+def test_a_chat_without_room_begins_anew(
+    run: Run, pictures: Path, talker: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The language model reads 64 tokens: the third question has no room beside two turns, and is answered alone."""
+    asked = "what colour is the box seen here ?"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{asked}\n" * 3 + "what " * 70 + "\n\n"))
+    found = run("chat", pictures / "red.png", *talker, "--max-new-tokens", 16)
+    assert found.code == 0, found.err
+    first, _, third = found.out.splitlines()
+    assert third == first and "no room is left for the turns before" in found.err
+    assert found.err.count("no room") == 2 and "are more than" in found.err  # the last is too long by itself
+
+
+def test_captions_of_a_folder_by_a_second_stage(run: Run, pictures: Path, talker: list[str]) -> None:
+    """`vlm caption` with such a model: each picture its own caption, whatever runs beside it."""
+    lines = []
+    for size in (1, 3):
+        found = run("caption", pictures, *talker, "--batch-size", size, "--max-new-tokens", 5, "--prompt", "a red")
+        assert found.code == 0, found.err
+        lines.append([json.loads(line) for line in found.out.splitlines()])
+    assert lines[0] == lines[1]
+    captioner = Captioner(speaker(), GenerationConfig(max_new_tokens=5), prompt="a red")
+    texts = captioner.caption(sorted(pictures.iterdir()))
+    assert [line["captions"][0]["caption"] for line in lines[0]] == texts
 
 
 def test_refusals(run: Run, pictures: Path, talker: list[str], model: str, tmp_path: Path) -> None:

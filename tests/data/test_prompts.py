@@ -16,7 +16,7 @@ from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError
 
-WORDS = wordpiece()
+WORDS, IDS = wordpiece(), "input_ids"
 
 
 def said(ids: list[int]) -> str:
@@ -32,6 +32,17 @@ def test_tokens_of_a_prompt_are_given_and_the_rest_is_said() -> None:
         assert said(ids[: given[row]]) == prompt and text.startswith(said(ids[given[row] :]))
         assert ids[-1] == WORDS.end_id
     assert tokenised(WORDS, [("", "a cat", 0.0)], max_length=5)[1] is None
+
+
+def test_a_text_is_cut_alike_whatever_stands_beside_it() -> None:
+    """At so many tokens of its own, however long another's prompt is."""
+    texts = [("", "one two three four five six", 0.0), ("question : what is it ? answer :", "a dog", 0.0)]
+    tokens, given = tokenised(WORDS, texts, max_length=5)
+    alone, _ = tokenised(WORDS, texts[:1], max_length=5)
+    assert given is not None and given.tolist() == [1, 9]
+    for row, ids in enumerate((alone.input_ids[0].tolist(), WORDS(["question : what is it ? answer : a dog"])[IDS][0])):
+        assert tokens.input_ids[row][tokens.attention_mask[row]].tolist() == list(ids)
+    assert (tokens.input_ids[~tokens.attention_mask] == WORDS.pad_id).all()
 
 
 def test_cut_gives_some_words_but_never_all() -> None:

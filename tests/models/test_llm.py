@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -106,3 +107,37 @@ def test_frozen_whatever_is_asked() -> None:
     ids, mask = texts([3])
     model.logits(visual, ids, mask).sum().backward()
     assert visual.grad is not None and visual.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_recomputed_layers_give_the_same_gradient(kind: str) -> None:
+    """Each layer runs again in the backward pass, also of a copy and in eval mode, and keeps nothing until then."""
+    plain, model = language_model(kind), language_model(kind)
+    assert not model.checkpointing
+    model.checkpointing = True
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # a copy has its own weights
+    ids, mask = texts([5, 7])
+    gradients, kept, runs = [], [], 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    attention = next(m for m in copied.inner.modules() if type(m).__name__.endswith("Attention"))
+    attention.register_forward_hook(count)
+    for one in (plain, copied):
+        sizes: list[int] = []
+        visual = visual_prompt(2).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):  # type: ignore[misc]
+            found = one.logits(visual, ids, mask, torch.tensor([2, 1]))
+        kept.append(sum(sizes))
+        found.square().sum().backward()
+        gradients.append(visual.grad)
+    assert torch.equal(*gradients) and copied.checkpointing
+    assert runs == 2 and kept[1] < 0.5 * kept[0]
+    copied.checkpointing = False
+    copied.logits(visual_prompt(2).requires_grad_(), ids, mask).sum().backward()
+    assert runs == 3 and not copied.checkpointing

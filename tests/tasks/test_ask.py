@@ -103,6 +103,16 @@ def test_chat_too_long_for_the_language_model_is_refused() -> None:
     assert not chat.turns
 
 
+def test_a_text_that_would_be_cut_is_refused() -> None:
+    """T5 has no limit of its own; a chat's last question, which stands behind all turns, would be lost first."""
+    one = model("t5")
+    short = replace(one.tokenizer, max_length=12)
+    asker = Asker(VisionLanguageModel(one.network, short, one.transform, name="s", family="blip2-llm"), NUCLEUS)
+    assert isinstance(asker.ask(noise(1)[0], "what ?"), str)
+    with pytest.raises(ConfigError, match="at most 10 can be read; shorten it"):
+        asker.ask(noise(1)[0], "what " * 20)
+
+
 def test_captions_by_prompt() -> None:
     plain = Captioner(model(), GenerationConfig(beams=2, max_new_tokens=5))
     asked = Captioner(model(), GenerationConfig(beams=2, max_new_tokens=5), prompt="a red")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vlm.train.config import named_config, read_yaml
 from vlm.train.doctor import Run, diagnose
 from vlm.train.metrics import read_metrics
 
@@ -112,6 +113,21 @@ def test_words_at_chance() -> None:
     assert names(made(lambda s, d: {"itg": 10.2}, config=config)) == ["wrong: itg at chance"]
     assert names(made(lambda s, d: {"lm": 10.3 - 5 * d}, config=config)) == []
     assert names(made(config=config)) == []
+
+
+def test_words_for_a_q_former() -> None:
+    """By the recipe itself: its batch, its vocabulary, no queue; what keeps ITM at chance there is named."""
+    config = read_yaml(named_config("blip2", "tiny"))
+    itc, itg = math.log(64), math.log(30523)
+    sick: dict[str, dict[str, float]] = {
+        "itm at chance": {"itm": THIRD, "itm_accuracy": 0.667},
+        "itc at chance": {"itc": itc}, "itg at chance": {"itg": itg},
+    }  # fmt: skip
+    for name, values in sick.items():
+        well = {"itc": 2.0, "itg": 4.0}
+        (finding,) = diagnose(made(lambda s, d, v=well | values: v, config=config, without=("mlm", "teacher_distance")))  # type: ignore[misc]
+        assert (finding.level, finding.name) == ("wrong", name)
+        assert ("lower model.itg_weight (to 0.1) and model.hard_share" in finding.advice) == (name == "itm at chance")
 
 
 def test_a_captioner_over_fits_by_the_words_it_foresees() -> None:

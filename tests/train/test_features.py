@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_half_takes_half(folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(half.row(0, "")[0], whole.row(0, "")[0], rtol=1e-3, atol=1e-3)
     with pytest.raises(DataError, match="in float32; choose another"):
         computed(folder, tmp_path / "float32", kind="float16")
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.posix_fallocate", full)
+        with pytest.raises(DataError, match=r"features: can't be written \(No space left on device"):
+            computed(folder, tmp_path / "features")
+    assert not (tmp_path / "features" / NOTE).exists()
+    assert not len(computed(folder, tmp_path / "features").missing())
 
 
 def test_stale_features_are_refused_by_name(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from vlm.data.plan import shuffled_texts
 from vlm.errors import ConfigError, WeightsError
 from vlm.train.config import load_config, named_config
 from vlm.train.metrics import read_metrics
-from vlm.train.run import RunConfig, make_tokenizer, read_run_config, run_kind, train_stage
+from vlm.train.run import RunConfig, begun_network, make_tokenizer, read_run_config, run_kind, train_stage
+from vlm.weights.llm import weights_hash
 from vlm.weights.official import read_official
 
 IMAGE = "model.image={image_size: 32, patch_size: 16, width: 32, layers: 2, heads: 2, mlp_width: 64}"
@@ -97,6 +98,25 @@ def test_masks_and_partners_dont_depend_on_workers_or_a_break(folder: Path, tmp_
     train_stage(read_run_config(stage, cut, ["loader.workers=2"]), cut, ALONE, resume=True, progress=False)
     for name in ("loss", "itm", "itm_accuracy"):
         assert curve(cut, name) == curve(whole, name) and len(curve(cut, name)) == 6
+
+
+def test_a_q_former_s_images_stay_as_they_were(folder: Path, clip: Path, tmp_path: Path) -> None:
+    """By the engine, also after a break: the same hash, no slot in the optimiser's state; all else moves."""
+    run, hashes = tmp_path / "run", []
+
+    def look(network: Any) -> dict[str, float]:
+        hashes.append((weights_hash(network.image), weights_hash(network.qformer)))
+        return {}
+
+    config = settings("blip2", folder, clip, "train.save_every=3", "train.best=''")
+    train_stage(config, run, ALONE, evaluate=look, progress=False)
+    forget_last(run, 6)
+    train_stage(read_run_config("blip2", run), run, ALONE, resume=True, evaluate=look, progress=False)
+    before: Any = vlm.load(clip, device="cpu").network
+    assert {image for image, _ in hashes} == {weights_hash(before.image)} and len(hashes) == 2
+    assert {moved for _, moved in hashes} == {hashes[0][1]} != {weights_hash(begun_network(config).qformer)}  # type: ignore[arg-type]
+    state = dcp.FileSystemReader(run / "checkpoints" / "step-00000006" / "state").read_metadata().state_dict_metadata
+    assert not [name for name in state if ".image." in name] and [name for name in state if ".qformer." in name]
 
 
 def two(here, stage: str, folder: str, run: str) -> None:

@@ -16,10 +16,12 @@ from tests.tasks.small import random_model
 from vlm.data.tokenizers import load_tokenizer
 from vlm.errors import ConfigError, DataError, WeightsError
 from vlm.models.blip2_llm import LlmConfig
+from vlm.models.lora import LoraConfig, add_lora, merge_lora
 from vlm.weights import llm as llms
 from vlm.weights import low_bits
 from vlm.weights.llm import converted, find_llm, load_llm, load_llm_tokenizer, narrowed, weights_hash
 from vlm.weights.loaded import VisionLanguageModel
+from vlm.weights.shipped import model_tensors
 
 SETTINGS = LlmConfig(width=WIDTH)
 
@@ -60,6 +62,26 @@ def test_another_language_model_is_refused(folder: Path, tmp_path: Path) -> None
     random_model().save(tmp_path / "clip")
     with pytest.raises(WeightsError, match="without a language model"):
         vlm.load(tmp_path / "clip", device="cpu", llm=str(other))
+
+
+def test_what_was_trained_is_held_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that were read are the network's, and not copied into others; LoRA's too."""
+    network = stage(lora=LoraConfig(rank=2, targets={"llm": ("q_proj",), "image": ("qkv",)}))
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder)))
+    network.adapt()
+    tokenizer, transform = load_llm_tokenizer(str(folder)), replace(random_model().transform, size=32)
+    VisionLanguageModel(network, tokenizer, transform, name="small", family="blip2-llm").save(tmp_path / "model")
+    read: dict[str, torch.Tensor] = {}
+
+    def remembered(where: Path) -> dict[str, torch.Tensor]:
+        read.update(model_tensors(where))
+        return read
+
+    monkeypatch.setattr("vlm.weights.load.model_tensors", remembered)
+    found = vlm.load(tmp_path / "model", device="cpu").network.state_dict()
+    assert found.keys() == read.keys() and any("lora_" in name for name in found)
+    assert all(value.data_ptr() == read[name].data_ptr() for name, value in found.items())
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in found.items())
 
 
 def test_tokenizer_begins_and_ends_texts_as_the_model_does(folder: Path, tmp_path: Path) -> None:
@@ -110,6 +132,34 @@ def test_missing_packages_are_named_with_their_command(tmp_path: Path, monkeypat
     assert not list((tmp_path / "cache" / "llms").glob("[!.]*"))  # nothing half-made
 
 
+def test_a_damaged_file_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a converted GGUF it is said what to delete; a conversion that was killed is never taken for a whole one."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "small.gguf"
+    file.write_bytes(b"GGUF")
+
+    def convert(_: Path, target: Path) -> None:
+        (target / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llms, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        converted(file)
+    monkeypatch.setattr(llms, "_convert", lambda _, target: shutil.copytree(folder, target, dirs_exist_ok=True))
+    (whole := converted(file)).with_name(f".tmp-{whole.name}-killed").mkdir()
+    assert converted(file) == whole and load_llm(str(file), SETTINGS)[1] == weights_hash(inner("llama"))
+    for place, said in (
+        (whole, f"delete {whole}, and it is converted again"),
+        (tmp_path / "copy", r"can't be read \("),
+    ):
+        if not place.is_dir():
+            shutil.copytree(folder, place)
+        content = (place / "model.safetensors").read_bytes()
+        (place / "model.safetensors").write_bytes(content[: len(content) // 2])
+        with pytest.raises(WeightsError, match=said):
+            load_llm(str(file) if place == whole else str(place), SETTINGS)
+
+
 def test_narrowest_type_that_loses_nothing() -> None:
     coarse = {"a": torch.tensor([1.0, 0.5]), "b": torch.tensor([3.0])}
     assert narrowed(coarse)[1] is torch.bfloat16
@@ -149,6 +199,26 @@ def test_half_precision_stays_when_the_network_changes_its_own(folder: Path) -> 
     network.to(torch.float64)
     assert network.projection.weight.dtype is torch.float64
     assert {parameter.dtype for parameter in network.llm.parameters()} == {torch.bfloat16}
+
+
+def test_lora_beside_half_precision_learns_in_fp32_and_not_beside_int8(folder: Path) -> None:
+    """Steps of a thousandth are lost in bf16's eight bits."""
+    model, _ = load_llm(str(folder), replace(SETTINGS, weights="bf16"))
+    settings = LoraConfig(rank=2)
+    add_lora(model, ["q_proj", "v_proj"], settings)
+    kinds = {"lora_" in name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    visual, ids = visual_prompt(2), torch.randint(3, 30, (2, 5))
+    before = model.logits(visual, ids, torch.ones_like(ids))
+    assert before.dtype is torch.bfloat16 and merge_lora(model) == 4
+    torch.testing.assert_close(model.logits(visual, ids, torch.ones_like(ids)), before, rtol=0.05, atol=0.05)
+    small, _ = load_llm(str(folder), replace(SETTINGS, weights="int8"))
+    with pytest.raises(ConfigError, match=r"held in int8.*set model\.llm\.weights to bf16 or nf4"):
+        add_lora(small, ["q_proj"], settings)
 
 
 def test_wrong_width_is_refused(folder: Path) -> None:

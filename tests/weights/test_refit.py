@@ -37,6 +37,9 @@ def recipe(stage: str, size: str) -> nn.Module:
         (("clip", "tiny"), ("vilt", "tiny"), {"image", "words"}, ALIKE),
         (("clip", "tiny"), ("albef", "tiny"), {"image", "text", *SPACE}, ALIKE),
         (("albef", "tiny"), ("blip", "tiny"), {"image", "text", "lm_head", "itm_head", *SPACE}, ALIKE),
+        (("clip", "tiny"), ("blip2", "tiny"), {"image", "qformer"}, ALIKE),
+        (("blip2", "tiny"), ("blip2-llm", "tiny"), {"image", "qformer"}, ALIKE),
+        (("blip2", "base"), ("blip2-llm", "base"), {"image", "qformer"}, ALIKE),
         (("clip", "base"), ("vilt", "base"), {"image", "words"}, "7 x 7 patches are interpolated to 12 x 12"),
         (("clip", "base-16"), ("albef", "base"), {"image", "text"}, GROWN),
         (

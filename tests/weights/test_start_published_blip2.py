@@ -129,3 +129,27 @@ def test_what_shapes_don_t_tell_must_agree(whole):
     clip = Clip(ClipConfig(image=ViTConfig(32, 16, 32, 1, 2, 64), embed_dim=8))
     with pytest.raises(WeightsError, match="can't start a Clip, which has no Q-Former"):
         start_from(clip, str(path))
+
+
+def test_a_repo_id_starts_as_its_folder_does(theirs, whole, tmp_path, monkeypatch):
+    """A folder here of that name goes first; a repo that can't be had is told by its name."""
+    theirs.inner.save_pretrained(tmp_path / "hub")
+    _, config, tensors = whole
+
+    def download(repo, allow_patterns):
+        if repo != "owner/blip2":
+            raise OSError("no network here")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    network = fresh(replace(config, image=replace(config.image, final_norm_eps=0.0)))
+    start_from(network, "owner/blip2")
+    assert same(network, tensors, "image.", "qformer.text.", "itm_head.")
+    with pytest.raises(
+        WeightsError, match=r"owner/other: no such folder here, and as a Hugging Face repo .*no network"
+    ):
+        start_from(network, "owner/other")
+    (tmp_path / "owner" / "blip2").mkdir(parents=True)
+    with pytest.raises(WeightsError, match="owner/blip2: nothing to start from"):
+        start_from(network, "owner/blip2")

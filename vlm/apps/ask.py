@@ -54,7 +54,6 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk about a picture: a question a line, answers as they are written; an empty line or Ctrl-D ends it."""
-    from vlm.errors import ConfigError
     from vlm.tasks.ask import Chat
 
     log_warnings()
@@ -65,13 +64,24 @@ def chat(
         question = sys.stdin.readline().strip()
         if not question:
             return
-        try:
-            talk.say(question, on_text=_show)
-        except ConfigError as error:  # the turns have grown too long
-            typer.echo(f"vlm: {error}; a new chat begins", err=True)
-            talk.turns.clear()
-            continue
-        typer.echo("")
+        _reply(talk, question)
+
+
+def _reply(talk: Any, question: str) -> None:
+    """Answer; where the turns have grown too long for the language model, without them."""
+    from vlm.errors import ConfigError
+
+    try:
+        talk.say(question, on_text=_show)
+    except ConfigError as error:
+        if not talk.turns:
+            typer.echo(f"vlm: {error}", err=True)
+            return
+        typer.echo("vlm: no room is left for the turns before; this question begins a new chat", err=True)
+        talk.turns.clear()
+        _reply(talk, question)
+        return
+    typer.echo("")
 
 
 def _show(piece: str) -> None:

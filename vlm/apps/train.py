@@ -63,7 +63,11 @@ def _command(stage: str) -> Callable[..., None]:
         data: Data = None,
         start: Annotated[
             list[str] | None,
-            typer.Option("--start", help="Weights to begin with: minilm, a shipped name, a model or run folder."),
+            typer.Option(
+                "--start",
+                help="Weights to begin with: minilm, a shipped name, a model or run folder, a BERT or BLIP-2 of "
+                "transformers (folder or repo id), an official checkpoint; given again, later ones go over earlier.",
+            ),
         ] = None,
         resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

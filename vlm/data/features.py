@@ -7,7 +7,9 @@ marked as done after they are written, so that an interrupted computation goes o
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +72,7 @@ class FeatureStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, (type_, size) in _arrays(shape, kind).items():
-                np.memmap(folder / name, type_, "w+", shape=size).flush()
+                _reserve(folder / name, int(np.prod(size)) * np.dtype(type_).itemsize)
         except OSError as error:
             raise DataError(f"{folder}: can't be written ({error.strerror or error})") from error
         write_text(path, json.dumps({**asdict(encoded), "shape": shape, "type": kind}, indent=1) + "\n")
@@ -177,6 +179,18 @@ def _arrays(shape: tuple[int, int, int], kind: str) -> dict[str, tuple[Any, tupl
         "pictures.bin": (np.int64, shape[:1]),
         "done.bin": (np.uint8, shape[:1]),
     }
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of zeros whose room is taken now: a disk that fills up later would end the process without a word."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        try:
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that can't
+                raise
 
 
 def _note(folder: Path) -> dict[str, Any]:

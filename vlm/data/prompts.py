@@ -73,6 +73,8 @@ def tokenised(
     room = max_length + int(before.attention_mask.sum(dim=1).max()) - 2
     # At once, since many tokenizers cut a word differently after a space.
     tokens = tokenizer([f"{prompt} {text}".strip() for prompt, text, _ in texts], max_length=room)
+    # Each behind its own prompt, not behind the longest: what is left of a text doesn't depend on those beside it.
+    tokens = _cut(tokens, before.attention_mask.sum(dim=1) + (max_length - 2), tokenizer)
     given = []
     for row, (_, _, cut) in enumerate(texts):
         own = before.input_ids[row][before.attention_mask[row]].tolist()[:-1]
@@ -80,3 +82,12 @@ def tokenised(
         count = next((i for i, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b), min(len(own), len(ids) - 1))
         given.append(count + int(cut * (len(ids) - count - 1)))  # the end token is always said
     return tokens, torch.tensor(given, dtype=torch.int64)
+
+
+def _cut(tokens: Tokens, lengths: Tensor, tokenizer: Tokenizer) -> Tokens:
+    """Texts of at most (B,) `lengths` tokens, of which the last is the end token."""
+    place = torch.arange(tokens.input_ids.shape[1])[None]  # (1, L)
+    mask = tokens.attention_mask & (place < lengths[:, None])
+    end = (tokens.attention_mask.sum(dim=1) > lengths)[:, None] & (place == lengths[:, None] - 1)
+    ids = tokens.input_ids.masked_fill(~mask, tokenizer.pad_id).masked_fill(end, tokenizer.end_id)
+    return Tokens(ids, mask).trim()

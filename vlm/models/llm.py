@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class LlmState:
@@ -79,6 +81,19 @@ class LanguageModel(nn.Module):
         found = getattr(self.config, "max_position_embeddings", None)
         return int(found) if found and not self.seq2seq else None
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass, which the visual prompt's gradient goes through."""
+        return any("forward" in vars(layer) for layer in self._layers())
+
+    @checkpointing.setter
+    def checkpointing(self, enabled: bool) -> None:
+        for layer in self._layers():
+            # Not by their own switch, which does nothing in eval mode.
+            vars(layer).pop("forward", None)
+            if enabled:
+                vars(layer)["forward"] = partial(_recomputed, layer)
+
     def train(self, mode: bool = True) -> LanguageModel:
         """Stay in eval mode."""
         return super().train(False)
@@ -142,6 +157,12 @@ class LanguageModel(nn.Module):
             inputs |= {"attention_mask": state.mask.long(), "position_ids": state.mask.sum(dim=1, keepdim=True) - 1}
         return self._run(input_ids=ids, **inputs, logits_to_keep=1).logits[:, -1]
 
+    def _layers(self) -> list[nn.Module]:
+        """The repeated layers that ``transformers`` says can be recomputed."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+
     def _table(self) -> Any:
         return self.inner.get_input_embeddings()  # type: ignore[operator]
 
@@ -198,6 +219,13 @@ class LanguageModel(nn.Module):
             **{self._cache: cache},
         )  # fmt: skip
         return LlmState(cache, found.logits[:, -1], memory=(memory, seen))
+
+
+def _recomputed(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
+    forward = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)
 
 
 def _typed(tensor: Tensor, kept: torch.dtype) -> Tensor:

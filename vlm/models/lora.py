@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlm.errors import ConfigError
+from vlm.models.int8 import Int8Linear
 
 MARK = "lora_"
 """In the name of each parameter that LoRA adds."""
@@ -36,12 +38,19 @@ class LoraConfig:
 def add_lora(part: nn.Module, layers: Sequence[str], config: LoraConfig) -> None:
     """Freeze a part and put an addition beside those of its linear layers whose name ends so; at first it adds 0.
 
-    Raises ConfigError when peft isn't installed, or the part has no such layers.
+    What is added is fp32, also beside half-precision weights: its steps are too small for those. Raises ConfigError
+    when peft isn't installed, the part has no such layers, or they are held in int8.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("lora needs peft: pip install 'vlm[llm]', or set model.lora.rank=0") from error
+    ends = tuple(f".{layer}" for layer in layers)
+    if any(isinstance(one, Int8Linear) and f".{name}".endswith(ends) for name, one in part.named_modules()):
+        raise ConfigError(
+            f"lora.targets {list(layers)}: these layers are held in int8, beside which nothing can be learnt; set "
+            "model.llm.weights to bf16 or nf4, or leave llm out of lora.targets"
+        )
     factor: Any = config.alpha  # a float works, though peft calls it an int
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=factor, target_modules=list(layers), lora_dropout=0.0, bias="none"
@@ -51,6 +60,9 @@ def add_lora(part: nn.Module, layers: Sequence[str], config: LoraConfig) -> None
     except ValueError as error:
         found = sorted({name.rsplit(".", 1)[-1] for name, one in part.named_modules() if isinstance(one, nn.Linear)})
         raise ConfigError(f"lora.targets {list(layers)}: no such layer; there are {', '.join(found)}") from error
+    for name, parameter in part.named_parameters():
+        if MARK in name and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def add_all(network: nn.Module, config: LoraConfig) -> None:

@@ -127,6 +127,9 @@ def _itm_at_chance(run: Run) -> Finding | None:
     evidence = f"itm {loss:.4f} in the last quarter, chance {chance:.4f} ({matched:.2f} of the pairs match)"
     evidence += "" if accuracy is None else f"; accuracy {accuracy:.3f}, always 'unmatched' gives {1 - matched:.3f}"
     advice = "start from a trained CLIP stage, raise train.optim.lr, and check that captions belong to their pictures"
+    spoken = next((f"model.{name}_weight" for name in ("lm", "itg") if run.values(name)), "")
+    if spoken:
+        advice += f"; lower {spoken} (to 0.1) and model.hard_share (to 0.25): both can keep it at chance at first"
     return Finding(run.level, "itm at chance", evidence, advice)
 
 

@@ -84,8 +84,8 @@ class RunConfig(Generic[M]):
     name: str = "model"
     """What the model folder calls itself."""
     start: tuple[str, ...] = ()
-    """Weights to begin with, later ones over earlier: ``minilm``, a BERT folder, a shipped name, a model or run
-    folder."""
+    """Weights to begin with, later ones over earlier: ``minilm``, a shipped name, a model or run folder, a folder or
+    Hub repo id of a BERT or BLIP-2 of transformers, an official ALBEF, BLIP or BLIP-2 checkpoint."""
     tokenizer: Literal["wordpiece", "clip_bpe"] = "wordpiece"
     """How texts become ids: BERT's pieces, or CLIP's byte pairs."""
     data: tuple[str, ...] = ("human-train", "web-train")

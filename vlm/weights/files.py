@@ -43,7 +43,6 @@ MORE_ROWS = "@rows"
 LIKE = "@rows of "
 """Likewise, but the rows before are those of a tensor that the base has under another name, which follows."""
 
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -160,10 +159,15 @@ def build(make: Callable[[], Network], tensors: Mapping[str, Tensor], *, where: 
             return network
     except ConfigError as error:
         raise WeightsError(f"{where}: {error}") from error
+    adopt(network, tensors, where=where)
+    return network
+
+
+def adopt(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Make these tensors the weights of a network, without a second copy; all or nothing. Raises as `assign`."""
     _check_fit(network, tensors, where)
     own = {name: value if value.is_floating_point() else value.float() for name, value in tensors.items()}
     network.load_state_dict({name: value.contiguous() for name, value in own.items()}, assign=True, strict=False)
-    return network
 
 
 def _needs_more(network: nn.Module) -> bool:

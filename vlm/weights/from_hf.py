@@ -23,9 +23,19 @@ FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
 
 
 def load_hub(repo: str) -> VisionLanguageModel:
-    """A Hugging Face repo's model, fetched once into the hub's own cache.
+    """A Hugging Face repo's model. Raises WeightsError when it can't be fetched or is none of our stages."""
+    return load_hf_folder(fetch(repo), name=repo)
 
-    Raises WeightsError when it can't be fetched or is none of our stages.
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name may be a Hugging Face repo's, owner/name; a folder here of that name goes first."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def fetch(repo: str) -> Path:
+    """The folder of a Hugging Face repo's configuration, weights and vocabulary, in the hub's own cache.
+
+    Raises WeightsError when it isn't there and can't be fetched.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -40,7 +50,7 @@ def load_hub(repo: str) -> VisionLanguageModel:
             f"{repo}: no such folder here, and as a Hugging Face repo it can't be fetched ({reason}). "
             "Check the name and the network; for a local folder give its path"
         ) from error
-    return load_hf_folder(folder, name=repo)
+    return folder
 
 
 def load_hf_folder(folder: Path, *, name: str = "") -> VisionLanguageModel:

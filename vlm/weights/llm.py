@@ -22,7 +22,7 @@ from vlm.errors import WeightsError
 from vlm.files import make_once
 from vlm.models.blip2_llm import Blip2Llm, LlmConfig
 from vlm.models.llm import LanguageModel
-from vlm.weights.files import CONFIG, WEIGHTS, read_json
+from vlm.weights.files import CONFIG, DAMAGED, WEIGHTS, read_json
 from vlm.weights.low_bits import hold_in_few_bits
 
 logger = logging.getLogger("vlm.weights")
@@ -158,9 +158,13 @@ def converted(file: Path) -> Path:
     """
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    target = cache_dir() / "llms" / f"{file.stem}-{digest[:16]}"
+    target = _converted_dir() / f"{file.stem}-{digest[:16]}"
     make_once(target, lambda folder: _convert(file, folder))
     return target
+
+
+def _converted_dir() -> Path:
+    return cache_dir() / "llms"
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -235,8 +239,10 @@ def _read(folder: Path, name: str) -> nn.Module:
             kind = transformers.AutoModelForSeq2SeqLM
         with _quiet():
             model, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise WeightsError(f"language model {name}: can't be read ({str(error)[:300]})") from error
+    except (*DAMAGED, ImportError) as error:
+        ours = folder.is_relative_to(_converted_dir())
+        advice = f"; delete {folder}, and it is converted again" if ours else ""
+        raise WeightsError(f"language model {name}: can't be read ({str(error)[:300]}){advice}") from error
     if told["missing_keys"]:
         listed = ", ".join(sorted(told["missing_keys"])[:5])
         raise WeightsError(f"language model {name}: {len(told['missing_keys'])} tensors are missing, {listed} first")

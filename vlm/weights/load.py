@@ -11,7 +11,7 @@ from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError, nearest, reason, with_article
 from vlm.weights.families import family
-from vlm.weights.files import CONFIG, WEIGHTS, assign, build, read_json, read_tensors
+from vlm.weights.files import CONFIG, WEIGHTS, adopt, build, read_json, read_tensors
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors, shipped, shipped_folder
 
@@ -77,11 +77,10 @@ def load_folder(folder: Path, *, llm: str = "") -> VisionLanguageModel:
     else:
         with torch.device("meta"):
             network = kind.network(config)
-        network.to_empty(device="cpu")
         kind.complete(network, llm=llm)
         if hasattr(network, "adapt"):
             network.adapt()  # type: ignore[operator]
-        assign(network, tensors, where=where)
+        adopt(network, tensors, where=where)
     name = str(settings.get("name") or folder.name)
     return VisionLanguageModel(network, load_tokenizer(folder), transform, name=name, family=stage)
 
@@ -115,9 +114,9 @@ def _found(name: str, image: str | Path | None, llm: str) -> VisionLanguageModel
         raise WeightsError(f"{name}: a file, but no checkpoint; expected one that ends in {', '.join(CHECKPOINTS)}")
     if path.suffix in CHECKPOINTS:
         return _from_checkpoint(path, image, llm)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from vlm.weights.from_hf import load_hub
+    from vlm.weights.from_hf import is_repo_id, load_hub
 
+    if is_repo_id(name):
         return load_hub(name)
     names = list(shipped())
     listed = ", ".join(names) or "none in this checkout"

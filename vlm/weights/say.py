@@ -36,7 +36,8 @@ def say(
             those that end a search. Of use where rows aren't reordered: greedy and nucleus search.
 
     Raises:
-        ConfigError: visual prompt, prompt and text together are longer than the language model's texts can be.
+        ConfigError: visual prompt, prompt and text together are longer than the language model's texts can be, or the
+            tokenizer may have cut the prompt.
     """
     ids, mask = prompt_of(prompt)
     longest, limit = visual.shape[1] + ids.shape[1] + config.max_new_tokens, network.speaker.context_length
@@ -44,6 +45,10 @@ def say(
         raise ConfigError(
             f"a visual prompt of {visual.shape[1]} tokens, a text of {ids.shape[1]} and {config.max_new_tokens} new "
             f"ones are more than {network.config.llm.name} can read, {limit}; lower max_new_tokens or shorten the text"
+        )
+    if ids.shape[1] + 1 >= tokenizer.max_length:  # of models without a limit of their own, such as T5
+        raise ConfigError(
+            f"a text of {ids.shape[1]} tokens: at most {tokenizer.max_length - 2} can be read; shorten it"
         )
     state = network.begin(visual, ids, mask)
 

@@ -19,7 +19,7 @@ from vlm.models.transformer import Transformer, TransformerConfig
 from vlm.weights.blip2 import BLIP2
 from vlm.weights.blip2_llm import BLIP2_LLM
 from vlm.weights.files import CONFIG, WEIGHTS, assign, read_json, read_tensors
-from vlm.weights.from_hf import BLIP2_TYPES
+from vlm.weights.from_hf import BLIP2_TYPES, fetch, is_repo_id
 from vlm.weights.keymaps.bert import LEFT_OUT, bert_config, bert_rules
 from vlm.weights.keymaps.stages import (
     FRESH,
@@ -51,7 +51,7 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
         network: what begins.
         spec: ``minilm`` (the installed package), a BERT folder (text tower alone), or a model or run folder of vlm, a
             shipped name, an official ALBEF, BLIP or BLIP-2 checkpoint file, or a folder of one of transformers' BLIP-2
-            classes (every part that both have, each whole).
+            classes (every part that both have, each whole). Folders of transformers may be Hub repo ids as well.
         training: whether a teacher is to go on with an official checkpoint's teacher and queue.
 
     Returns:
@@ -64,13 +64,15 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
         start_text(network, find_minilm())
         return None
     folder = shipped_folder(spec) or Path(spec)
+    if is_repo_id(spec) and not folder.exists():
+        folder = fetch(spec)
     if folder.is_file():
         return _start_file(network, folder, training)
     if (folder / "model" / CONFIG).is_file():
         folder = folder / "model"
     if not (folder / CONFIG).is_file():
         raise WeightsError(
-            f"{spec}: nothing to start from; expected minilm, a BERT folder, a shipped name, "
+            f"{spec}: nothing to start from; expected minilm, a BERT folder or repo id, a shipped name, "
             "a model or run folder, transformers' BLIP-2, or an official ALBEF, BLIP or BLIP-2 checkpoint"
         )
     settings = read_json(folder / CONFIG)
