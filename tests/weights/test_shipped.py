@@ -14,7 +14,8 @@ from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
 from vlm.models.clip import Clip
-from vlm.weights.files import Base, save_model, with_shared, without_shared
+from vlm.weights.base import Base, with_shared, without_shared
+from vlm.weights.files import save_model
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import base_of, model_tensors
 from vlm.weights.start import start_from

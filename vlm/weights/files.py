@@ -8,9 +8,9 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from vlm.data.tokenizers import Tokenizer
 from vlm.data.transforms import ImageTransform
 from vlm.errors import ConfigError, WeightsError, reason, with_article
 from vlm.files import write_folder
+from vlm.weights.base import BASE, Base, shared_parts, without_shared
 from vlm.weights.rules import refuse
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -35,14 +36,6 @@ WRITTEN = (
     r"(generation|(video_)?(pre)?processor|tokenizer)_config\.json|(tokenizer|added_tokens|special_tokens_map)\.json"
 )
 """Names of what a model's folder consists of, as vlm and transformers write it; all else there is somebody's own."""
-BASE = "base"
-"""In config.json: name and SHA-256 of the shipped model whose tensors the folder leaves out, and `parts` where the
-model has some of its parts alone."""
-MORE_ROWS = "@rows"
-"""Behind the name of a stored tensor: only the rows after those of the base, such as those of new tokens."""
-LIKE = "@rows of "
-"""Likewise, but the rows before are those of a tensor that the base has under another name, which follows."""
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -53,19 +46,6 @@ class Configured(Protocol):
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Its tensors by name."""
-
-
-class Base(NamedTuple):
-    """A shipped model that another one shares tensors with."""
-
-    name: str
-    tensors: Mapping[str, Tensor]
-    sha256: str
-    """Of its weights file: a base that was trained anew must not slip into what was trained on the old one."""
-
-    def only(self, parts: Collection[str]) -> Base:
-        """Some parts of it, such as its image encoder, by what their tensors' names begin with."""
-        return self._replace(tensors={n: value for n, value in self.tensors.items() if n.split(".")[0] in parts})
 
 
 def read_tensors(path: Path, *, without: str = "") -> dict[str, Tensor]:
@@ -250,62 +230,6 @@ def save_model(
         write_json(temporary / CONFIG, config)
 
     write_model(Path(folder), fill)
-
-
-def shared_parts(tensors: Mapping[str, Tensor], base: Base) -> set[str]:
-    """Parts that a model has in common with a base, by what their tensors' names begin with.
-
-    Raises WeightsError when there are none.
-    """
-    found = {name.split(".")[0] for name in base.tensors} & {name.split(".")[0] for name in tensors}
-    if not found:
-        raise WeightsError(f"base {base.name}: this model has no part of it, such as {next(iter(base.tensors))}")
-    return found
-
-
-def without_shared(tensors: Mapping[str, Tensor], base: Base, *, whole: Base | None = None) -> dict[str, Tensor]:
-    """What of a model's tensors isn't also in its base: of one name and type, bit for bit.
-
-    A tensor that goes on with further rows is stored as those. whole: where a matrix that the base hasn't got is looked
-    for under other names, such as the words of a decoder. Raises WeightsError when the base holds a tensor that the
-    model lacks.
-    """
-    lacking = [name for name in base.tensors if name not in tensors]
-    if lacking:
-        raise WeightsError(f"base {base.name}: this model has no {', '.join(lacking[:5])}, so it can't be a part of it")
-    found = {}
-    for name, value in tensors.items():
-        old, stored = base.tensors.get(name), name + MORE_ROWS
-        if old is None and whole is not None and value.dim() > 1:
-            other = next((n for n, o in whole.tensors.items() if o.dim() > 1 and _goes_on(value, o)), "")
-            old, stored = whole.tensors.get(other), f"{name}{LIKE}{other}"
-        if old is None or not _goes_on(value, old):
-            found[name] = value
-        elif name not in base.tensors or len(old) < len(value):
-            found[stored] = value[len(old) :].clone()
-    return found
-
-
-def _goes_on(value: Tensor, old: Tensor) -> bool:
-    """Whether the rows of a tensor are those of another one, and maybe more."""
-    alike = old.dtype == value.dtype and old.shape[1:] == value.shape[1:] and old.dim() > 0
-    return alike and torch.equal(old, value[: len(old)])
-
-
-def with_shared(
-    tensors: Mapping[str, Tensor], base: Base, *, where: str, whole: Base | None = None
-) -> dict[str, Tensor]:
-    """The inverse of `without_shared`. Raises WeightsError when the base doesn't hold what is left out."""
-    found = dict(base.tensors)
-    for name, value in tensors.items():
-        plain, like, other = name.removesuffix(MORE_ROWS).partition(LIKE)
-        if plain != name:
-            old = (whole or base).tensors.get(other) if like else base.tensors.get(plain)
-            if old is None or old.shape[1:] != value.shape[1:] or old.dtype != value.dtype:
-                raise WeightsError(f"{where}: {name} continues a tensor that {base.name} doesn't hold in that shape")
-            value = torch.cat([old, value])
-        found[plain] = value
-    return found
 
 
 def write_model(target: Path, fill: Callable[[Path], None]) -> None:

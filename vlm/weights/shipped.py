@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from vlm.errors import WeightsError, nearest
-from vlm.weights.files import BASE, CARD, CONFIG, WEIGHTS, Base, read_json, read_tensors, with_shared
+from vlm.weights.base import BASE, Base, with_shared
+from vlm.weights.files import CARD, CONFIG, WEIGHTS, read_json, read_tensors
 
 
 def shipped() -> dict[str, str]:
