@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.apps.conftest import Run
 from tests.tasks.capfilt.small import BROKEN, content, med, sets, settings
@@ -26,6 +27,15 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     models = ["--captioner", str(folder / "captioner"), "--filter", str(folder / "filter")]
     places = ["--web", str(folder / "web"), "--human", str(folder / "human"), "--out", str(out)]
     return ["capfilt", "run", *places, *models, "--config", str(folder / "new.yaml"), *OPTIONS, *more]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the processes that are killed have: sums of another order differ in their last digit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def kill_when(command: list[str], reached: Callable[[], bool]) -> None:
