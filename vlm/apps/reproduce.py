@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,14 +53,10 @@ def albef(
     from vlm.tasks.reproduce.albef import MEASURES, reproduce_albef
     from vlm.tasks.reproduce.grid import as_table
 
-    _begin(threads)
-    place = table or out / TABLE
-    results = reproduce_albef(
-        out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], noise=_numbers(noise, "--noise"),
-        steps=steps, precision=precision, known=_known(place), device=device,
-        after=lambda found: _write(found, as_table(found, MEASURES), place),
-    )  # fmt: skip
-    typer.echo(as_table(results, MEASURES))
+    run = partial(
+        reproduce_albef, out, noise=_numbers(noise, "--noise"), steps=steps, precision=precision, device=device
+    )
+    _repeat(run, partial(as_table, measures=MEASURES), seeds=seeds, place=table or out / TABLE, threads=threads)
 
 
 @app.command()
@@ -78,14 +75,8 @@ def blip(
     from vlm.tasks.reproduce.blip import MEASURES, Sizes, reproduce_blip
     from vlm.tasks.reproduce.grid import as_table
 
-    _begin(threads)
-    place = table or out / TABLE
-    results = reproduce_blip(
-        out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], sizes=Sizes(steps, tune_steps),
-        start=start, precision=precision, known=_known(place), device=device,
-        after=lambda found: _write(found, as_table(found, MEASURES), place),
-    )  # fmt: skip
-    typer.echo(as_table(results, MEASURES))
+    run = partial(reproduce_blip, out, sizes=Sizes(steps, tune_steps), start=start, precision=precision, device=device)
+    _repeat(run, partial(as_table, measures=MEASURES), seeds=seeds, place=table or out / TABLE, threads=threads)
 
 
 @app.command()
@@ -108,24 +99,29 @@ def blip2(
     from vlm.tasks.reproduce.blip2 import COLUMN, COUNTS, MEASURES, STARTS, Sizes, reproduce_blip2
     from vlm.tasks.reproduce.grid import as_table
 
-    _begin(threads)
-    place = table or out / TABLE
     sizes = Sizes(*_two(steps, "--steps"), *_two(batch, "--batch"), captioned)
+    run = partial(reproduce_blip2, out, sizes=sizes, start=start or STARTS, precision=precision, device=device)
     shown = partial(as_table, measures=MEASURES, column=COLUMN, counts=COUNTS)
-    results = reproduce_blip2(
-        out, seeds=[int(seed) for seed in _numbers(seeds, "--seeds", whole=True)], sizes=sizes, start=start or STARTS,
-        precision=precision, known=_known(place), device=device,
-        after=lambda found: _write(found, shown(found), place),
-    )  # fmt: skip
-    typer.echo(shown(results))
+    _repeat(run, shown, seeds=seeds, place=table or out / TABLE, threads=threads)
 
 
-def _begin(threads: int) -> None:
+def _repeat(
+    run: Callable[..., list[dict[str, Any]]],
+    shown: Callable[[list[dict[str, Any]]], str],
+    *,
+    seeds: str,
+    place: Path,
+    threads: int,
+) -> None:
+    """Run a grid, and write the results so far to `place` whenever there are more. shown: their table."""
     import torch
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if threads:
         torch.set_num_threads(threads)
+    numbers = [int(seed) for seed in _numbers(seeds, "--seeds", whole=True)]
+    results = run(seeds=numbers, known=_known(place), after=lambda found: _write(found, shown(found), place))
+    typer.echo(shown(results))
 
 
 def _known(table: Path) -> list[dict[str, Any]]:

@@ -24,10 +24,9 @@ from vlm.tasks.reproduce.short import (
     open_run,
     retrieval_figures,
     short_run,
+    tiny_config,
 )
-from vlm.train.config import load_config, named_config
 from vlm.train.distributed import ranks
-from vlm.train.run import run_kind
 
 WEB, HUMAN = "web-train", "human-train"
 
@@ -69,7 +68,7 @@ SHARED = ("none", "all")
 """Table 3; sharing all but self-attention is the default, and so the last of `SETS`."""
 EASY = "model.negatives=random"
 """With hard negatives ITM, which begins from nothing, doesn't leave its chance value in so few steps."""
-FAST = ("train.optim.lr=2.0e-3",)
+FAST = "train.optim.lr=2.0e-3"
 """Twice the `tiny` recipe's."""
 MEASURES = {
     "itm_text_to_image_r1": "text to image R@1 % (ITM)",
@@ -116,15 +115,8 @@ def reproduce_blip(
         raise ConfigError(f"expected at least one seed and one step of each training, got {seeds!r} and {sizes}")
     still = f"train.optim.freeze=[{', '.join(frozen('blip'))}]"
     plain = (*PLAIN, f"loader.max_length={MOST_TOKENS}")
-    recipe = [
-        *short_run(sizes.pretrain, precision),
-        f"start={json.dumps([start])}",
-        *plain,
-        *TEACHER,
-        still,
-        *FAST,
-        EASY,
-    ]
+    begun = f"start={json.dumps([start])}"
+    recipe = [*short_run(sizes.pretrain, precision), begun, *plain, *TEACHER, still, FAST, EASY]
     tune = [*short_run(sizes.tune, precision), *plain, EASY]
     return run_grid(
         "blip", cells(), seeds=seeds, recipe=recipe, out=out / "models", measure=lambda run: measure(run, device),
@@ -157,7 +149,7 @@ def _prepare(out: Path, cell: Cell, seed: int, recipe: Sequence[str], tune: Sequ
     how = Execution(device=device, batch_size=64)
     with ranks(device) as here:
         changes = [*recipe, f"train.seed={seed}", "loader.captions.web=1"]
-        train_once(load_config(run_kind("blip"), named_config("blip", "tiny"), changes), folder / "med", here)
+        train_once(tiny_config("blip", changes), folder / "med", here)
         whole = Rewritten(wanted.captions or BOTH.captions, filtered=True)
         places = {one: folder / "capfilt" / folder_name(one.name) for one in (BOTH, whole, wanted)}
         for one, place in places.items():

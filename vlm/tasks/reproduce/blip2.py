@@ -26,12 +26,13 @@ from vlm.tasks.reproduce.short import (
     open_test,
     retrieval_figures,
     short_run,
+    tiny_config,
 )
-from vlm.train.config import load_config, named_config, to_yaml
+from vlm.train.config import to_yaml
 from vlm.train.distributed import pick_device
 from vlm.train.features import compute_features
 from vlm.train.optim import freeze
-from vlm.train.run import RunConfig, begun_network, make_transform, read_run_config, run_kind
+from vlm.train.run import RunConfig, begun_network, make_transform, read_run_config
 from vlm.weights.files import CONFIG, read_json
 from vlm.weights.load import load
 
@@ -102,7 +103,7 @@ def reproduce_blip2(
         *short_run(sizes.stage1, precision, sizes.stage1_batch), f"start={json.dumps(list(start))}", *plain, *first,
     ]  # fmt: skip
     recipe = [*short_run(sizes.stage2, precision, sizes.stage2_batch), *plain, "train.best=''", *second]
-    before = to_yaml(_config(stage1))  # refuses wrong settings before anything is measured
+    before = to_yaml(tiny_config(FIRST, stage1))  # refuses wrong settings before anything is measured
     measured = f"{TEST}: captions of {MOST_TOKENS} tokens, {sizes.captioned or 'all'} pictures, galleries of {GALLERY}"
     beside = reference_results(
         references, out=out / "references", measured=[measured], known=known,
@@ -154,7 +155,7 @@ def _check(seeds: Sequence[int], sizes: Sizes, start: Sequence[str]) -> None:
 
 def _prepare(out: Path, cell: Cell, seed: int, stage1: Sequence[str], device: str) -> list[str]:
     """What a cell's model begins as, and the features that it is trained on; made if they aren't there."""
-    config = _config(stage1)
+    config = tiny_config(FIRST, stage1)
     folder = out / "features"
     network, transform = begun_network(config), make_transform(config)
     compute_features(network, transform, config.data, folder, device=pick_device(device), kind="float16")
@@ -164,11 +165,6 @@ def _prepare(out: Path, cell: Cell, seed: int, stage1: Sequence[str], device: st
     run = out / f"seed-{seed}" / folder_name(cell.row)
     model = train_part(FIRST, run, [*stage1, *VARIANTS[cell.row], f"train.seed={seed}", features], device)
     return [f"start={json.dumps([str(model)])}", features]
-
-
-def _config(stage1: Sequence[str]) -> RunConfig[Any]:
-    config: RunConfig[Any] = load_config(run_kind(FIRST), named_config(FIRST, "tiny"), list(stage1))
-    return config
 
 
 def _trained(config: RunConfig[Any]) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 from vlm.errors import ConfigError, DataError
 from vlm.files import write_text
 from vlm.tasks.metrics import mean_interval
-from vlm.train.config import load_config, named_config, to_yaml
+from vlm.tasks.reproduce.short import tiny_config
+from vlm.train.config import to_yaml
 from vlm.train.distributed import ranks
 from vlm.train.environment import surroundings
-from vlm.train.run import RunConfig, read_run_config, run_kind, train_stage
+from vlm.train.run import RunConfig, read_run_config, train_stage
 from vlm.weights.files import CONFIG
 
 logger = logging.getLogger("vlm.reproduce")
@@ -145,7 +146,7 @@ def _placed(result: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(stage: str, recipe: Sequence[str], prepared: Sequence[str]) -> str:
     """What tells one recipe from another, the settings of the `tiny` file included."""
-    return hashlib.sha256("\n".join([to_yaml(_config(stage, recipe)), *prepared]).encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256("\n".join([to_yaml(tiny_config(stage, recipe)), *prepared]).encode("utf-8")).hexdigest()[:16]
 
 
 def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: str) -> None:
@@ -184,7 +185,7 @@ def train_part(stage: str, run: Path, settings: Sequence[str], device: str) -> P
     """
     model = run / "model"
     if (model / CONFIG).is_file():
-        _begun(stage, run, _config(stage, settings))
+        _begun(stage, run, tiny_config(stage, settings))
         return model
     logger.info("training %s", run)
     _train(stage, run, settings, device)
@@ -194,14 +195,9 @@ def train_part(stage: str, run: Path, settings: Sequence[str], device: str) -> P
 
 def _train(stage: str, run: Path, settings: Sequence[str], device: str) -> None:
     with ranks(device) as here:
-        config = _config(stage, settings)
+        config = tiny_config(stage, settings)
         begun = _begun(stage, run, config)
         train_stage(begun or config, run, here, resume=begun is not None, progress=False)
-
-
-def _config(stage: str, settings: Sequence[str]) -> RunConfig[Any]:
-    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(settings))
-    return config
 
 
 def _begun(stage: str, run: Path, config: RunConfig[Any]) -> RunConfig[Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ def short_run(steps: int, precision: str, batch: int = 48) -> list[str]:
     ]  # fmt: skip
 
 
+def tiny_config(stage: str, changes: Sequence[str] = ()) -> RunConfig[Any]:
+    """A stage's `tiny` recipe with some changes, KEY=VALUE."""
+    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), list(changes))
+    return config
+
+
 def frozen(stage: str) -> tuple[str, ...]:
     """Parts that no short run trains: the image tower, which costs time too, and those of the stage's tiny recipe."""
-    config: RunConfig[Any] = load_config(run_kind(stage), named_config(stage, "tiny"), [])
-    return ("image.", *config.train.optim.freeze)
+    return ("image.", *tiny_config(stage).train.optim.freeze)
 
 
 def open_run(run: Path, device: str) -> tuple[VisionLanguageModel, Source]:
