@@ -25,6 +25,7 @@ from vlm.weights.hf_parts import (
     bert_tokenizer,
     image_config,
     image_settings,
+    noted_in,
     read_tokenizer,
     squashed,
     squashing,
@@ -70,7 +71,7 @@ def load_hf_blip(folder: Path, settings: Mapping[str, Any], name: str = "") -> V
     known = {key: value for key, value in tensors.items() if key not in twins}
     ours = to_ours(known, kind.rules(config), where=where, left_out=LEFT_OUT)
     if isinstance(config, BlipConfig) and "itc" in config.heads:  # what only ranks has no temperature there
-        temperature = _noted(settings, TEMPERATURE, float, 1 / config.logit_scale_init, where=where)
+        temperature = noted_in(settings, TEMPERATURE, float, 1 / config.logit_scale_init, where=where)
         ours["log_scale"] = log_scale(1 / temperature).detach()
     network = build(lambda: kind.network(config), ours, where=where)
     tokenizer = read_tokenizer(folder, max_length=config.text.context_length, vocab_size=config.text.vocab_size)
@@ -108,18 +109,11 @@ def hf_blip_config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *
     if VQA in (settings.get("architectures") or ()) or is_vqa(tensors):
         return VqaConfig(view, words, med_answer_decoder(words), enc, dec, BlipConfig.label_smoothing)
     heads = find_heads(tensors, where)
-    prompt = _noted(settings, PROMPT, lambda ids: tuple(map(int, ids)), (), where=where)
+    prompt = noted_in(settings, PROMPT, lambda ids: tuple(map(int, ids)), (), where=where)
     config = BlipConfig(
         view, words, heads, dec_id=dec, enc_id=enc, prompt_ids=prompt, embed_dim=theirs.image_text_hidden_size
     )
     return replace(config, sharing=find_sharing(tensors, config))
-
-
-def _noted(settings: Mapping[str, Any], name: str, read: Callable[[Any], Any], default: Any, *, where: str) -> Any:
-    try:
-        return read(settings[name]) if settings.get(name) else default
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{where}: config.json: {name} {settings[name]!r} can't be read ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from vlm.weights.hf_parts import (
     bert_tokenizer,
     image_config,
     image_settings,
+    noted_in,
     read_tokenizer,
     squashed,
     squashing,
@@ -105,7 +106,7 @@ def read_matcher(folder: Path, settings: Mapping[str, Any], where: str) -> tuple
         heads=("itc", "itm", "itg") if speaks else ("itc", "itm"),
     )  # fmt: skip
     ours = to_ours(tensors, _rules(config), where=where, left_out=LEFT_OUT)
-    temperature = float(settings.get(TEMPERATURE) or 1 / config.logit_scale_init)
+    temperature = noted_in(settings, TEMPERATURE, float, 1 / config.logit_scale_init, where=where)
     return config, ours | {"log_scale": torch.tensor([temperature]).log().neg()}
 
 

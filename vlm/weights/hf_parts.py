@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +134,14 @@ def squashing(transform: ImageTransform) -> dict[str, Any]:
         "image_mean": list(transform.mean), "image_std": list(transform.std), "do_convert_rgb": True,
         "resample": {value: key for key, value in FILTERS.items()}[transform.interpolation],
     }  # fmt: skip
+
+
+def noted_in(settings: Mapping[str, Any], name: str, read: Callable[[Any], Any], default: Any, *, where: str) -> Any:
+    """What our export noted in a folder's config.json beside transformers' settings; the default where it isn't there.
+
+    Raises WeightsError for what can't be read.
+    """
+    try:
+        return read(settings[name]) if settings.get(name) else default
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{where}: config.json: {name} {settings[name]!r} can't be read ({error})") from error
