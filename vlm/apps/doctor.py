@@ -41,7 +41,7 @@ def read_run(run: Path, pictures: int = 0) -> Run:
 
     pictures: how many training pictures to decode. Raises ConfigError when there are no metrics there.
     """
-    from vlm.errors import ConfigError
+    from vlm.errors import ConfigError, reason
     from vlm.train.config import read_yaml
     from vlm.train.doctor import Run
     from vlm.train.metrics import read_metrics
@@ -51,8 +51,7 @@ def read_run(run: Path, pictures: int = 0) -> Run:
         lines = [line for line in read_metrics(path) if isinstance(line, dict) and "step" in line]
         _check_lines(lines, path)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "") or error
-        raise ConfigError(f"{path}: can't be read ({reason}); expected the folder of a training run") from error
+        raise ConfigError(f"{path}: can't be read ({reason(error)}); expected the folder of a training run") from error
     if not lines:
         begun = (folder / "config.yaml").is_file()
         what = "the run hasn't logged a step yet (train.log_every); if it was stopped, go on with --resume"

@@ -297,7 +297,6 @@ def _complete(*sources: Any) -> None:
 
 def _depths(text: str) -> list[int]:
     """``1,5`` as numbers, each once, smallest first."""
-
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(f"--top-k {text!r}: expected numbers of at least 1 joined by commas, such as 1,5")

@@ -251,8 +251,10 @@ class Transformer(nn.Module):
         recompute = self.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in chosen:
             seen = image[layer.index] if image is not None else None
-            looks = {"image": seen, "image_mask": image_mask, "queries": queries}
-            run = partial(layer, mask=mask, cache=cache, route=route, real=real, **looks)
+            run = partial(
+                layer, mask=mask, image=seen, image_mask=image_mask, cache=cache, route=route, queries=queries,
+                real=real,
+            )  # fmt: skip
             x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
         if self.final_norm is not None and chosen and chosen[-1] is self.layers[-1]:
             x = self.final_norm(x)
