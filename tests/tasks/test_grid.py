@@ -13,10 +13,21 @@ from tests.tasks.fused import fused_model
 from vlm.data.augment import Augment
 from vlm.data.captions import CaptionVariation
 from vlm.errors import ConfigError, DataError
-from vlm.tasks.reproduce import grid
+from vlm.tasks.reproduce import albef, blip, grid
 from vlm.tasks.reproduce.albef import MEASURES, VARIANTS, cells_of, reproduce_albef
 from vlm.tasks.reproduce.albef import measure as measure_albef
-from vlm.tasks.reproduce.grid import PLACE, REFERENCE, RESULT, Cell, as_table, read_results, run_grid, table_values
+from vlm.tasks.reproduce.grid import (
+    PLACE,
+    REFERENCE,
+    RESULT,
+    WHOLE,
+    Cell,
+    as_table,
+    read_results,
+    run_grid,
+    table_values,
+)
+from vlm.tasks.reproduce.recipe import recipe_values
 from vlm.train.config import load_config, named_config
 from vlm.train.run import run_kind
 
@@ -115,7 +126,7 @@ def test_each_result_says_where_it_was_made(
     found = call(tmp_path / "here", known=known)
     assert [one[PLACE] for one in found] == [first, first, second, second]
     values = table_values([*found, unplaced])
-    assert values[PLACE] == [first, second]
+    assert values[PLACE] == [first, second] and values[WHOLE] == [recipe_values("albef", RECIPE, {})]
     assert [one.get(PLACE) for one in values["results"]] == [0, 0, 1, 1, None]
     (tmp_path / "table.json").write_text(json.dumps(values))
     assert read_results(tmp_path / "table.json") == [*found, unplaced]
@@ -128,15 +139,16 @@ def test_a_table_from_before_results_had_places(tmp_path: Path) -> None:
     found = read_results(path)
     assert len(found) == len(values["results"]) and all(one[PLACE]["machine"]["cores"] for one in found)
     place = {name: values.get(name, found[0][PLACE][name]) for name in ("packages", "python", "machine")}
-    rows = [{name: value for name, value in one.items() if name != PLACE} for one in found]
+    rows = [{name: value for name, value in one.items() if name not in (PLACE, WHOLE)} for one in found]
     (tmp_path / "old.json").write_text(json.dumps({"command": "vlm", **place, "results": rows}))
     assert read_results(tmp_path / "old.json") == [one | {PLACE: place} for one in rows]
 
 
+@pytest.mark.parametrize("what", [PLACE, WHOLE])
 @pytest.mark.parametrize("place", [3, "here", None])
-def test_a_place_that_isn_t_listed_is_refused(tmp_path: Path, place: Any) -> None:
-    one = {"row": "a", "column": "b", "seed": 0, "settings": [], "figures": {}, PLACE: place}
-    (tmp_path / "table.json").write_text(json.dumps({PLACE: [{}], "results": [one]}))
+def test_a_place_or_a_recipe_that_isn_t_listed_is_refused(tmp_path: Path, what: str, place: Any) -> None:
+    one = {"row": "a", "column": "b", "seed": 0, "settings": [], "figures": {}, what: place}
+    (tmp_path / "table.json").write_text(json.dumps({what: [{}], "results": [one]}))
     with pytest.raises(DataError, match="no results of runs"):
         read_results(tmp_path / "table.json")
 
@@ -156,14 +168,47 @@ def test_results_of_other_settings_are_refused(
 
 
 def test_results_of_another_tiny_recipe_are_refused(trained: Callable[..., Trained], tmp_path: Path) -> None:
-    """The same options mean something else once the file behind them has changed."""
+    """The same options mean something else once the file behind them has changed; the setting is named."""
     trained()
-    known = [one | {"recipe": "of before"} for one in call(tmp_path, seeds=[0])]
-    with pytest.raises(ConfigError, match="was made with other settings"):
+    before = recipe_values("albef", RECIPE, {}) | {"train.optim.lr": 3e-3}
+    known = [one | {WHOLE: before} for one in call(tmp_path, seeds=[0])]
+    with pytest.raises(ConfigError, match=r"other settings \(train\.optim\.lr was 0\.003 and is 0\.001\)"):
         call(tmp_path / "other", known=known)
     (tmp_path / "plain-0-shuffled-seed-0" / RESULT).write_text(json.dumps(known[0]))
-    with pytest.raises(ConfigError, match="was made with other settings"):
+    with pytest.raises(ConfigError, match=r"other settings \(train\.optim\.lr was 0\.003 and is 0\.001\)"):
         call(tmp_path, seeds=[0])
+
+
+def test_what_was_prepared_otherwise_is_refused(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    trained()
+    known = call(tmp_path / "there", seeds=[0], prepared={"tuning": ["train.steps=5"]})
+    with pytest.raises(ConfigError, match=r"prepared\.tuning was \['train.steps=5'\] and is \['train.steps=6'\]"):
+        call(tmp_path / "here", known=known, prepared={"tuning": ["train.steps=6"]})
+
+
+def test_settings_that_have_come_since_are_no_other_recipe(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    trained()
+    known = call(tmp_path / "there", seeds=[0])
+    for one in known:
+        one[WHOLE] = {name: value for name, value in one[WHOLE].items() if name != "model.image.final_norm_eps"}
+    again = trained()
+    assert call(tmp_path / "here", known=known, seeds=[0]) == known and not again.runs
+
+
+@pytest.mark.parametrize("name", ["albef", "blip"])
+def test_the_repositorys_tables_can_be_gone_on_with(
+    trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """With the precision that they were made in; no run of theirs is made again."""
+    known = read_results(Path(__file__).parents[2] / "benchmarks" / "results" / f"reproduce-{name}.json")
+    again, stage = trained(), {"albef": albef, "blip": blip}[name]
+    for ways in ("measure", "_prepare"):
+        monkeypatch.setattr(stage, ways, lambda *given: {} if len(given) < 4 else [], raising=False)
+    made = {(one["row"], one["column"], one["seed"]) for one in known}
+    assert all(len(one[WHOLE]) > 90 for one in known)
+    run: Any = {"albef": reproduce_albef, "blip": blip.reproduce_blip}[name]
+    found = run(tmp_path, precision={"albef": "bf16", "blip": "fp32"}[name], known=known)
+    assert len(again.runs) == len(found) - len(made) and len(found) >= len(made)
 
 
 def test_a_run_that_was_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -192,6 +237,13 @@ def test_a_value_of_another_kind_is_named(tmp_path: Path) -> None:
     one = {"row": "a", "column": "b", "seed": 0, "settings": "none", "figures": {}}
     (tmp_path / "table.json").write_text(json.dumps({"results": [one]}))
     with pytest.raises(DataError, match="settings of a result isn't a list"):
+        read_results(tmp_path / "table.json")
+
+
+def test_a_recipe_of_another_kind_is_named(tmp_path: Path) -> None:
+    one = {"row": "a", "column": "b", "seed": 0, "settings": [], "figures": {}, WHOLE: 0}
+    (tmp_path / "table.json").write_text(json.dumps({WHOLE: ["f00a15dae2c79003"], "results": [one]}))
+    with pytest.raises(DataError, match="recipe of a result isn't a dict"):
         read_results(tmp_path / "table.json")
 
 

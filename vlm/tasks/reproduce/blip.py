@@ -121,7 +121,7 @@ def reproduce_blip(
     return run_grid(
         "blip", cells(), seeds=seeds, recipe=recipe, out=out / "models", measure=lambda run: measure(run, device),
         prepare=lambda cell, seed: _prepare(out, cell, seed, recipe, tune, device),
-        prepared=[*tune, f"captions of {MOST_TOKENS} tokens"], known=known, after=after, device=device,
+        prepared={"tuning": tune, "caption_tokens": MOST_TOKENS}, known=known, after=after, device=device,
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from vlm.tasks.reproduce.short import (
     short_run,
     tiny_config,
 )
-from vlm.train.config import to_yaml
 from vlm.train.distributed import pick_device
 from vlm.train.features import compute_features
 from vlm.train.optim import freeze
@@ -103,7 +102,7 @@ def reproduce_blip2(
         *short_run(sizes.stage1, precision, sizes.stage1_batch), f"start={json.dumps(list(start))}", *plain, *first,
     ]  # fmt: skip
     recipe = [*short_run(sizes.stage2, precision, sizes.stage2_batch), *plain, "train.best=''", *second]
-    before = to_yaml(tiny_config(FIRST, stage1))  # refuses wrong settings before anything is measured
+    before = tiny_config(FIRST, stage1)  # refuses wrong settings before anything is measured
     measured = f"{TEST}: captions of {MOST_TOKENS} tokens, {sizes.captioned or 'all'} pictures, galleries of {GALLERY}"
     beside = reference_results(
         references, out=out / "references", measured=[measured], known=known,
@@ -112,7 +111,7 @@ def reproduce_blip2(
     found = run_grid(
         SECOND, cells(sizes), seeds=seeds, recipe=recipe, out=out / "models",
         prepare=lambda cell, seed: _prepare(out, cell, seed, stage1, device),
-        prepared=[before, measured],
+        prepared={"stage1": before, "measured": measured},
         measure=lambda run: measure(run, device, sizes.captioned),
         known=[one for one in known if not one.get(REFERENCE)],
         after=None if after is None else lambda results: after([*results, *beside]), device=device,

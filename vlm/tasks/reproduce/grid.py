@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -14,8 +13,8 @@ from typing import Any
 from vlm.errors import ConfigError, DataError
 from vlm.files import write_text
 from vlm.tasks.metrics import mean_interval
+from vlm.tasks.reproduce.recipe import override_difference, recipe_difference, recipe_values
 from vlm.tasks.reproduce.short import tiny_config
-from vlm.train.config import to_yaml
 from vlm.train.distributed import ranks
 from vlm.train.environment import surroundings
 from vlm.train.run import RunConfig, read_run_config, train_stage
@@ -25,7 +24,11 @@ logger = logging.getLogger("vlm.reproduce")
 
 RESULT = "result.json"
 PLACE = "surroundings"
-"""Of a result: machine and package versions that it was made with. A table's file lists each once, by number."""
+"""Of a result: machine and package versions that it was made with."""
+WHOLE = "recipe"
+"""Of a result: all settings by name, see `recipe_values`."""
+LISTED = (PLACE, WHOLE)
+"""What many results have in common; a table's file lists each once, and its results give the number."""
 REFERENCE = "reference"
 """Of a result: whether its model was only measured, see `vlm.tasks.reproduce.references`."""
 Measure = Callable[[Path], dict[str, float]]
@@ -64,7 +67,7 @@ def run_grid(
     out: Path,
     measure: Measure,
     prepare: Callable[[Cell, int], Sequence[str]] | None = None,
-    prepared: Sequence[str] = (),
+    prepared: Mapping[str, Any] | None = None,
     known: Sequence[dict[str, Any]] = (),
     after: Callable[[list[dict[str, Any]]], None] | None = None,
     device: str = "auto",
@@ -76,11 +79,11 @@ def run_grid(
     results of an earlier call, which needn't lie in `out`; those made with the same settings count as finished.
     after: called whenever a run is finished, with the results so far and the known ones of other cells and seeds.
     prepare: called before a cell's run with the cell and the seed; what it gives are further overrides that depend on
-    where things lie, such as ``data=[...]``. prepared: whatever else that work depends on, for the digest. Returns the
-    results. Raises ConfigError when one in `out` or a known one was made by another recipe, DataError when one can't
+    where things lie, such as ``data=[...]``. prepared: what else that work depends on, by name. Returns the results.
+    Raises ConfigError when one in `out` or a known one was made by another recipe, DataError when one can't
     be read.
     """
-    whole = _digest(stage, recipe, prepared)
+    whole = recipe_values(stage, recipe, prepared or {})
     _check_known(known, cells, list(recipe), whole)
     found: list[dict[str, Any]] = []
     seeds = list(dict.fromkeys(seeds))
@@ -95,7 +98,7 @@ def run_grid(
                 places = list(prepare(cell, seed)) if prepare is not None else []
                 _train(stage, run, [*settings, *places], device)
                 result = {"row": cell.row, "column": cell.column, "seed": seed, "settings": settings}
-                result |= {"recipe": whole, "figures": measure(run), PLACE: surroundings()}
+                result |= {WHOLE: whole, "figures": measure(run), PLACE: surroundings()}
                 write_text(run / RESULT, json.dumps(result, indent=1) + "\n", error=DataError)
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
             found.append(result)
@@ -106,14 +109,17 @@ def run_grid(
 
 def table_values(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The JSON values of a table's file, for `read_results`; results may have been made in several places."""
-    places: list[dict[str, Any]] = []
+    lists: dict[str, list[dict[str, Any]]] = {name: [] for name in LISTED}
     rows = []
     for result in results:
-        place = result.get(PLACE)
-        if place is not None and place not in places:
-            places.append(place)
-        rows.append(result if place is None else result | {PLACE: places.index(place)})
-    return {PLACE: places, "results": rows}
+        row = dict(result)
+        for name in LISTED:
+            if name in result:
+                if result[name] not in lists[name]:
+                    lists[name].append(result[name])
+                row[name] = lists[name].index(result[name])
+        rows.append(row)
+    return {**lists, "results": rows}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -128,38 +134,41 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         wrong = [name for one in results for name, kind in kinds.items() if not isinstance(one[name], kind)]
         if "results" in values:
             results = [_placed(one, values) for one in results]
+        wrong += [WHOLE for one in results if not isinstance(one.get(WHOLE, {}), dict)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: no results of runs in it ({error!r}); choose another file, or delete it") from error
     if wrong:
-        raise DataError(f"{path}: {wrong[0]} of a result isn't a {kinds[wrong[0]].__name__}; delete the file")
+        raise DataError(f"{path}: {wrong[0]} of a result isn't a {kinds.get(wrong[0], dict).__name__}; delete the file")
     found: list[dict[str, Any]] = results
     return found
 
 
 def _placed(result: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """A result of a table with its place."""
-    if PLACE in result:
-        return result | {PLACE: table[PLACE][result[PLACE]]}
+    """A result of a table with what the table lists once."""
+    found = result | {name: table[name][result[name]] for name in LISTED if name in result}
     last = {name: table[name] for name in ("packages", "python", "machine") if name in table}
-    return result | ({PLACE: last} if last else {})
+    return found if PLACE in found or not last else found | {PLACE: last}
 
 
-def _digest(stage: str, recipe: Sequence[str], prepared: Sequence[str]) -> str:
-    """What tells one recipe from another, the settings of the `tiny` file included."""
-    return hashlib.sha256("\n".join([to_yaml(tiny_config(stage, recipe)), *prepared]).encode("utf-8")).hexdigest()[:16]
-
-
-def _check_known(known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: str) -> None:
+def _check_known(
+    known: Sequence[dict[str, Any]], cells: Sequence[Cell], recipe: list[str], whole: Mapping[str, Any]
+) -> None:
     """Raises ConfigError for results that can't stand in one table with those of this call."""
     changes = {(cell.row, cell.column): list(cell.changes) for cell in cells}
     for one in known:
         shared, own = one["settings"][: len(recipe)], one["settings"][len(recipe) : -1]
-        same = one.get("recipe", whole) == whole
-        if not same or shared != recipe or own != changes.get((one["row"], one["column"]), own):
+        now = changes.get((one["row"], one["column"]), own)
+        other = override_difference(shared, recipe) or override_difference(own, now) or _difference(one, whole)
+        if other:
             raise ConfigError(
                 f"the known result of {one['row']!r}, {one['column']!r}, seed {one['seed']} was made with other "
-                f"settings ({one['settings']}); give the same options, or choose another --table"
+                f"settings ({other}); give the same options, or choose another --table"
             )
+
+
+def _difference(result: dict[str, Any], whole: Mapping[str, Any]) -> str:
+    """What sets a result's recipe apart from the one of this call; empty for none, or where it noted none."""
+    return recipe_difference(result.get(WHOLE, {}), whole)
 
 
 def _known(known: Sequence[dict[str, Any]], cell: Cell, settings: list[str]) -> dict[str, Any] | None:
@@ -168,13 +177,14 @@ def _known(known: Sequence[dict[str, Any]], cell: Cell, settings: list[str]) -> 
     return next((one for one in known if (one["row"], one["column"], one["settings"]) == own), None)
 
 
-def _finished(run: Path, settings: list[str], whole: str) -> dict[str, Any] | None:
+def _finished(run: Path, settings: list[str], whole: Mapping[str, Any]) -> dict[str, Any] | None:
     path = run / RESULT
     if not path.is_file():
         return None
     (result,) = read_results(path)
-    if result["settings"] != settings or result.get("recipe", whole) != whole:
-        raise ConfigError(f"{run}: was made with other settings ({result['settings']}); choose another --out")
+    other = override_difference(result["settings"], settings) or _difference(result, whole)
+    if other:
+        raise ConfigError(f"{run}: was made with other settings ({other}); choose another --out")
     return result
 
 
