@@ -18,7 +18,7 @@ from vlm.errors import ConfigError, DataError, WeightsError, counted
 
 DEFAULT_MODEL = "tiny-clip"
 DEFAULT_CAPTIONER = "tiny-blip"
-DEFAULT_SPEAKER = "tiny-blip2-llm"
+DEFAULT_SPEAKER = "tiny-blip2"
 Model = Annotated[str, typer.Option("--model", "-m", help="Shipped name, folder, repo id, open_clip:ARCH/TAG, file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Templates = Annotated[
