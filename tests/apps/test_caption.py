@@ -39,6 +39,10 @@ def test_shards_lists_globs_and_files(
         done = caption(place)
         assert done.code == 0, done.err
         assert lines_of(done.out) == {f"{tar}:{name}": texts for name, texts in expected.items()}
+    (tmp_path / "shards" / "loose.png").write_bytes((pictures / "red.png").read_bytes())  # beside a shard
+    done = caption(tmp_path / "shards")
+    loose = {str(tmp_path / "shards" / "loose.png"): expected["red.png"]}
+    assert lines_of(done.out) == {f"{tar}:{name}": texts for name, texts in expected.items()} | loose
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures / 'blue.png'}\n\n{tar}\n"))
     done = caption("-", pictures / "r*.png", pictures / "blue.png")
     names = [path.rsplit("/", 1)[1] for path in lines_of(done.out)]

@@ -16,7 +16,7 @@ import typer
 from vlm.apps.caption_beside import Beside
 from vlm.apps.caption_files import FORMS, Journal, Sink, Terminal
 from vlm.apps.classify import finish
-from vlm.apps.common import DEFAULT_CAPTIONER, check_output, find_pictures, load_model, with_options
+from vlm.apps.common import DEFAULT_CAPTIONER, check_output, find_pictures, load_model, pictures_in, with_options
 from vlm.errors import ConfigError, DataError, counted, nearest
 
 
@@ -79,7 +79,8 @@ def caption(options: CaptionOptions) -> None:
 
 
 def find_inputs(places: Sequence[str]) -> list[Any]:
-    """Pictures as `find_pictures` finds them, and those in shards (files, globs, braces, or folders that hold some).
+    """Pictures as `find_pictures` finds them, and those in shards (files, globs, braces, or folders, whose pictures
+    outside of shards follow).
 
     Raises DataError where a place holds none.
     """
@@ -93,6 +94,7 @@ def find_inputs(places: Sequence[str]) -> list[Any]:
         packed = [path for path in glob.glob(os.path.join(glob.escape(place), "*")) if path.endswith(ENDINGS)]
         if place.endswith(ENDINGS) or packed:
             inside = [one for shard in find_shards(place) for one in shard_pictures(shard)]
+            inside += pictures_in(place) if packed else []
             if not inside:
                 raise DataError(f"{place}: no pictures in these shards")
             found += inside

@@ -90,8 +90,6 @@ def find_pictures(places: Sequence[str]) -> list[str]:
     A path that isn't there stays in the list, so that it is reported. Raises DataError for a folder or a glob
     without pictures, and when nothing is named.
     """
-    from vlm.data.images import SUFFIXES
-
     found: list[str] = []
     for place in places:
         if not place:
@@ -100,8 +98,7 @@ def find_pictures(places: Sequence[str]) -> list[str]:
             here = [line.strip() for line in sys.stdin if line.strip()]
             expected = "standard input: no paths there, expected one a line"
         elif os.path.isdir(place):
-            inside = sorted(Path(place).rglob("*"))
-            here = [str(path) for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
+            here = pictures_in(place)
             expected = f"{place}: no pictures in this folder, expected files such as .png, .jpg or .webp"
         elif glob.has_magic(place) and not os.path.exists(place):
             here = sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path))
@@ -114,6 +111,14 @@ def find_pictures(places: Sequence[str]) -> list[str]:
     if not found:
         raise DataError("no pictures were named; give files, folders or globs, or - for a list on standard input")
     return list(dict.fromkeys(found))
+
+
+def pictures_in(folder: str) -> list[str]:
+    """Files in a folder, also in those inside it, that end as pictures do, in order."""
+    from vlm.data.images import SUFFIXES
+
+    inside = sorted(Path(folder).rglob("*"))
+    return [str(path) for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
 def write_text(text: str, output: Path | None) -> None:

@@ -110,23 +110,24 @@ def with_captions(
     for name in (*ANSWER_FIELDS, *CAPTION_FIELDS) if asks else CAPTION_FIELDS:
         value = meta.get(name)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        found = [_clean(text) for text in texts if isinstance(text, str) and text.strip()]
+        found = [clean_text(text) for text in texts if isinstance(text, str) and text.strip()]
         if found:
             if len(found) < len(texts) and report is not None:
                 report("empty caption beside others, left out")
             asks = asks and name in ANSWER_FIELDS
             break
-    found = found or [_clean(text) for text in extra if text.strip()]
+    found = found or [clean_text(text) for text in extra if text.strip()]
     if not found:
         raise ValueError("no caption")
     captions = list(dict.fromkeys(found))
     if len(captions) < len(found) and report is not None:
         report("same caption twice for one picture, kept once")
-    pairs = {"pairs": [[_clean(str(question)), answer] for answer in captions]} if asks else {}
+    pairs = {"pairs": [[clean_text(str(question)), answer] for answer in captions]} if asks else {}
     return {**meta, "captions": captions, **pairs}
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
+    """A text from outside without outer spaces, and with a question mark for each half of a character."""
     # JSON can hold half surrogates ("\ud83d"), which no encoder and no tokenizer takes.
     return text.strip().encode("utf-8", "replace").decode("utf-8")
 

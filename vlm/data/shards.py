@@ -201,7 +201,8 @@ class ShardWriter:
             raise DataError(f"sample {key}: this key is in the shard already")
         try:
             with_captions(meta)
-            content = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
+            # Half a character, which JSON from outside may hold, stays what it was there: an escape.
+            content = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8", "backslashreplace")
         except (ValueError, TypeError) as error:
             raise DataError(f"sample {key}: {error}") from error
         self._rows += [(f"{key}.{suffix}", image), (f"{key}.json", content)]

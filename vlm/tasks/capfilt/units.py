@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.images import decode_image
+from vlm.data.samples import clean_text
 from vlm.data.sources import Source
 from vlm.data.transforms import ImageTransform
 from vlm.errors import DataError
@@ -135,7 +136,7 @@ def find_units(sources: Mapping[str, Source], samples: int) -> list[Unit]:
 def found_texts(meta: Mapping[str, Any], web_field: str) -> tuple[str, ...]:
     """The text in a sample's `web_field`, else its captions."""
     text = meta.get(web_field) if web_field else None
-    return (text.strip(),) if isinstance(text, str) and text.strip() else tuple(meta["captions"])
+    return (clean_text(text),) if isinstance(text, str) and text.strip() else tuple(meta["captions"])
 
 
 def read_units(reading: Reading, units: Sequence[Unit]) -> Iterator[Pictures]:
