@@ -132,6 +132,9 @@ def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
 def _tell(result: Result, out: Path) -> None:
     for name, found in result.report["texts"].items():
         typer.echo(f"{name}: kept {found['kept']} of {counted(found['texts'], 'text')}")
+    bare = result.report["pictures"]["web"]["without_text"]
+    if bare:
+        typer.echo(f"web: {counted(bare, 'picture')} came without a text to judge")
     check = result.report["filter"]
     typer.echo(
         f"filter on exchanged texts: precision {check['precision']['value']:.3f}, recall {check['recall']['value']:.3f}"
