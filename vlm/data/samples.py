@@ -18,6 +18,8 @@ UNREADABLE = "picture that can't be decoded (each showing counted)"
 ABSENT = "picture isn't there"
 DAMAGED = "damaged shard, its readable part is used"
 """Reasons for which `Problems` count what was asked for and could not be read."""
+EMPTY = "shard without samples"
+"""Nothing is lost with it: it is only told."""
 ANSWER_FIELDS = ("answers", "answer")
 
 

@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 
 from vlm.data.cache import is_remote, local_tar
 from vlm.data.images import SUFFIXES
-from vlm.data.samples import OWN, Problems, Sample, fingerprint, with_captions
+from vlm.data.samples import EMPTY, OWN, Problems, Sample, fingerprint, with_captions
 from vlm.data.tar_index import index_shard, read_meta, read_piece
 from vlm.errors import DataError
 from vlm.files import write_file
@@ -34,7 +34,7 @@ class ShardSource:
 
     def __init__(self, places: list[str], *, name: str = "", textless: bool = False) -> None:
         """places: paths, addresses or ``pipe:`` commands, each a shard. textless: whether pictures without a text are
-        taken too. Raises DataError if all are empty.
+        taken too. An empty one is told among the problems; raises DataError, of reason `EMPTY`, if all are empty.
         """
         self.name = name or ", ".join(places)
         self.places = places
@@ -53,6 +53,8 @@ class ShardSource:
                 raise DataError(f"{place}: not a tar archive, or its first bytes are damaged ({error})") from error
             self._paths.append(tar.path)
             self.problems.merge(index.problems)
+            if not index.rows and not index.problems.total:
+                self.problems.add(EMPTY, label)
             for row in index.rows:
                 self.keys.append(row["key"])
                 self.concepts.append(row["concept"] or f"{OWN}{number}:{label}:{row['key']}")
@@ -63,7 +65,7 @@ class ShardSource:
         self.problems.log(self.name)
         if not self.keys:
             found = f" ({self.problems.summary()})" if self.problems.total else ""
-            raise DataError(f"{self.name}: no samples in these shards{found}")
+            raise DataError(f"{self.name}: no samples in these shards{found}", reason=EMPTY)
 
     def __len__(self) -> int:
         return len(self.keys)

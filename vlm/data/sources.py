@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm.data.images import SUFFIXES, read_encoded
-from vlm.data.samples import ABSENT, OWN, Problems, Sample, caption_length, fingerprint, with_captions
+from vlm.data.samples import ABSENT, EMPTY, OWN, Problems, Sample, caption_length, fingerprint, with_captions
 from vlm.data.shards import ENDINGS, ShardSource, find_shards
 from vlm.data.tables import TABLES, table_rows
 from vlm.errors import DataError, nearest
@@ -144,8 +144,8 @@ def open_source(spec: str | Path | Sequence[str | Path], *, textless: bool = Fal
     these in a list or joined by commas. Paths in a table are relative to the table's folder.
     textless: whether pictures without a text are taken too, with no captions; nothing that trains can use those.
 
-    What can't be used is counted in the source's `problems` and logged. Raises DataError when nothing is
-    there, or nothing usable.
+    What can't be used is counted in the source's `problems` and logged, shards without samples too as long as others
+    are named that have some. Raises DataError when nothing is there, or nothing usable.
     """
     if isinstance(spec, str | Path):
         text = str(spec)
@@ -155,8 +155,21 @@ def open_source(spec: str | Path | Sequence[str | Path], *, textless: bool = Fal
         specs = [str(part) for part in spec]
     if not specs:
         raise DataError(f"no data was named; expected {ACCEPTED}")
-    parts = [_open_one(part, textless) for part in specs]
-    return parts[0] if len(parts) == 1 else Joined(parts)
+    parts: list[Source] = []
+    empty: dict[str, DataError] = {}
+    for part in specs:
+        try:
+            parts.append(_open_one(part, textless))
+        except DataError as error:
+            if error.reason != EMPTY:
+                raise
+            empty[part] = error
+    if not parts:
+        raise DataError("; ".join(map(str, empty.values())))
+    source = parts[0] if len(parts) == 1 else Joined(parts)
+    for part in empty:
+        source.problems.add(EMPTY, part)
+    return source
 
 
 def data_dir() -> Path:

@@ -65,6 +65,8 @@ def _scan(tar: LocalTar, label: str, textless: bool) -> Index:
     index = Index(textless=textless)
     if tar.problem:
         index.problems.add(DAMAGED, f"{label} ({tar.problem})")
+    elif not tar.path.stat().st_size:
+        return index  # tarfile would call it no tar
     with tar.path.open("rb") as file:
         key = ""
         members: dict[str, Piece] = {}
