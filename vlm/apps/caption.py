@@ -97,7 +97,7 @@ def find_inputs(places: Sequence[str]) -> list[Any]:
             continue
         packed = [path for path in glob.glob(os.path.join(glob.escape(place), "*")) if path.endswith(ENDINGS)]
         if place.endswith(ENDINGS) or packed:
-            inside = [one for shard in find_shards(place) for one in shard_pictures(shard)]
+            inside: list[Any] = [one for shard in find_shards(place) for one in shard_pictures(shard)]
             inside += pictures_in(place) if packed else []
             if not inside:
                 raise DataError(f"{place}: no pictures in these shards")
