@@ -193,6 +193,15 @@ def test_a_model_without_a_decoder_is_refused(run: Run, model: str, pictures: Pa
         (("--beams", 2, "-n", 3), "beam search gives 2"),
         (("--format", "txt", "--output", "x"), "leave --output out"),
         (("--max-new-tokens", 0), "max_new_tokens must be"),
+        (
+            ("--top-p", 0.9),
+            "--top-p is for nucleus search, and the strategy is beam: leave it out, or add --st",
+        ),
+        (("--top-k", 0), "--top-k is for nucleus search"),
+        (("--strategy", "greedy", "--temperature", 2), "--temperature is for nucleus search, and the strategy is gre"),
+        (("--strategy", "nucleus", "--beams", 3), "--beams is for beam search, and the strategy is nucleus"),
+        (("--strategy", "greedy", "--beams", 1), "--beams is for beam search, and the strategy is greedy"),
+        (("--strategy", "greedy", "--length-penalty", 1), "--length-penalty is for beam search"),
     ],
 )
 def test_bad_options_are_named(

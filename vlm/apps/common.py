@@ -9,12 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from vlm import files
 from vlm.errors import ConfigError, DataError, WeightsError, counted
+
+if TYPE_CHECKING:
+    from vlm.generate import GenerationConfig
 
 DEFAULT_MODEL = "tiny-clip"
 DEFAULT_CAPTIONER = "tiny-blip"
@@ -208,6 +211,31 @@ def with_options(kind: type, *, environment: str = "") -> Callable[[Callable[[An
         return run
 
     return make
+
+
+SEARCHES = {
+    "beams": "beam", "length_penalty": "beam", "top_p": "nucleus", "top_k": "nucleus", "temperature": "nucleus",
+}  # fmt: skip
+"""The only search that heeds an option."""
+
+
+def search_config(given: Mapping[str, Any]) -> GenerationConfig:
+    """How texts are searched for, by the options that were given: those of `GenerationConfig`, None where left out.
+
+    Raises ConfigError for a value that can't be, and for an option that the search of this strategy would not heed.
+    """
+    from vlm.generate import GenerationConfig
+
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    values = {name: value for name, value in given.items() if name in names and value is not None}
+    config = GenerationConfig(**values)
+    for name, strategy in SEARCHES.items():
+        if name in values and config.strategy != strategy:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {strategy} search, and the strategy is {config.strategy}: leave it "
+                f"out, or add --strategy {strategy}"
+            )
+    return config
 
 
 def log_warnings() -> None:

@@ -51,6 +51,7 @@ class Row:
     image: bytes
     """Encoded, as it will be written again."""
     texts: tuple[str, ...]
+    """None of a web picture that came with no text."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def find_units(sources: Mapping[str, Source], samples: int) -> list[Unit]:
 
 
 def found_texts(meta: Mapping[str, Any], web_field: str) -> tuple[str, ...]:
-    """The text in a sample's `web_field`, else its captions."""
+    """The text in a sample's `web_field`, else its captions; nothing where it came with neither."""
     text = meta.get(web_field) if web_field else None
     return (clean_text(text),) if isinstance(text, str) and text.strip() else tuple(meta["captions"])
 
