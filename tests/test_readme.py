@@ -94,6 +94,7 @@ RESULTS = [
         "rerank-tiny-cpu",
         "stages",
         "stages-blip",
+        "stages-blip2",
     ),
     *("generate-base-cpu", "capfilt-base-cpu", "blip2_memory", "blip2_peak"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
