@@ -207,7 +207,9 @@ _NAMINGS: tuple[Callable[[str], str], ...] = (
 
 def _match(predictions: Mapping[str, str], references: References) -> dict[str, str]:
     """Captions by the references' names."""
-    found: dict[str, str] = {}
+    # A folder's pictures have the names that they have in it.
+    inside = {f"{references.name}/{key}": key for key in references.captions}
+    found = {key: predictions[name] for name, key in inside.items() if name in predictions}
     for plain in _NAMINGS:
         theirs = {plain(key): key for key in references.captions}
         ours = {plain(key): text for key, text in predictions.items()}
