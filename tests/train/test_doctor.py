@@ -143,6 +143,15 @@ def test_a_young_run_is_only_watched() -> None:
     assert names(young) == ["watch: itm at chance", "watch: itc at chance"]
 
 
+def test_the_chance_of_itc_grows_with_a_queue_that_still_fills() -> None:
+    long = {"decay": 0.995, "queue": 262144}
+    config = {**CONFIG, "train": CONFIG["train"] | {"teacher": long}}
+    stuck = made(lambda s, d: {"itc": math.log(64 + 64 * s) - 0.01}, config=config)
+    (finding,) = diagnose(stuck)
+    assert finding.name == "itc at chance" and "ln(batch + queue) = ln(113664)" in finding.evidence
+    assert names(made(lambda s, d: {"itc": math.log(64 + 64 * s) - 3 * d}, config=config)) == []
+
+
 def test_itc_that_crosses_the_batch_is_healthy_with_a_queue() -> None:
     assert names(made(lambda s, d: {"itc": math.log(64) + 0.4 * (0.87 - d)})) == []
 

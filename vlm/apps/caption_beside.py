@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm.apps.caption_files import check_settings, count, row_of, summary_of, writing
+from vlm.apps.caption_files import check_settings, count, row_of, settings_line, summary_of, writing
 from vlm.apps.common import write_text
 from vlm.errors import DataError
 
@@ -74,7 +74,7 @@ class _Record:
         settings: Mapping[str, Any] = {}
         lines = path.read_bytes().split(b"\n") if path.is_file() else []
         for line in lines:
-            row = _parsed(line)
+            row = _record_row(line)
             if isinstance(row.get("settings"), Mapping):
                 settings = row["settings"]
             elif "text" in row:
@@ -87,11 +87,10 @@ class _Record:
 
     def add(self, path: Path, text: str, settings: Mapping[str, Any]) -> None:
         """Note a text before it is written."""
-        lines = [] if self._begun else ["", json.dumps({"settings": settings}, ensure_ascii=False)]  # after half a line
+        begun = "" if self._begun else f"\n{settings_line(settings)}"  # a killed run may have left half a line
         content = text.encode("utf-8", errors="backslashreplace")
-        lines.append(json.dumps({"text": path.name, "sha256": _digest(content)}))
         with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write(begun + json.dumps({"text": path.name, "sha256": _digest(content)}) + "\n")
         self._begun = True
 
 
@@ -115,7 +114,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _parsed(line: bytes) -> Mapping[str, Any]:
+def _record_row(line: bytes) -> Mapping[str, Any]:
     """A line of the record; nothing where a killed run left half of one."""
     try:
         row = json.loads(line)

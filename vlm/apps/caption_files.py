@@ -85,7 +85,7 @@ class Journal:
         self.done = {row["path"] for row in rows}
         self.kept: set[str] = set()
         self.summary = summary_of(row for row in rows if row["path"] in set(names))
-        begun = self._first_line() + "".join(rendered(rows, "jsonl"))
+        begun = settings_line(self._settings) + "".join(rendered(rows, "jsonl"))
         # Rewritten, since a killed run may have left half a line.
         write_file(self.path, lambda file: file.write(begun.encode("utf-8", "backslashreplace")), named=output)
         with writing(output):
@@ -111,7 +111,7 @@ class Journal:
 
         if rows:
             write_file(self.output, write)
-            about = self._first_line().encode()
+            about = settings_line(self._settings).encode()
             write_file(self._about, lambda file: file.write(about), named=self.output)
         self.path.unlink()
 
@@ -127,8 +127,10 @@ class Journal:
             check_settings(held, self._settings, where=str(self.output), way_out=way_out)
         return rows
 
-    def _first_line(self) -> str:
-        return json.dumps({"settings": dict(self._settings)}) + "\n"
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """What stands before the captions, or the names of their files, that were made with some settings."""
+    return json.dumps({"settings": dict(settings)}) + "\n"
 
 
 def rendered(rows: Iterable[Row], form: str, *, header: bool = True) -> Iterator[str]:

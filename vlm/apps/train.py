@@ -94,7 +94,7 @@ def _command(stage: str) -> Callable[..., None]:
             settings = load_config(run_kind(stage), named_config(stage, config or "tiny"), changes)
             if not settings.start and stage in STARTS and _first():
                 typer.echo(
-                    f"{stage}: nothing to start from: all of the network is random numbers; --start takes "
+                    f"{stage}: nothing to start from: all that is trained begins as random numbers; --start takes "
                     f"{STARTS[stage]} model or run folder, or a shipped name",
                     err=True,
                 )

@@ -62,7 +62,7 @@ class Run:
     def end(self, name: str) -> float | None:
         """Median of a training value over the last quarter of its lines; None with too few of them."""
         found = self.values(name)
-        return median(found[-max(2, len(found) // 4) :]) if len(found) >= LEAST else None
+        return _end(found) if len(found) >= LEAST else None
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A value of the configuration by its own name, in whatever section it stands."""
@@ -77,6 +77,11 @@ class Run:
     def level(self) -> Literal["wrong", "watch"]:
         """Of a sign that may pass: a run is too young for a verdict on what it learns while it warms up."""
         return "watch" if self.step < max(200, 2 * int(self.setting("warmup", 0))) else "wrong"
+
+
+def _end(values: Sequence[float]) -> float:
+    """Median of the last quarter."""
+    return median(values[-max(2, len(values) // 4) :])
 
 
 def diagnose(run: Run) -> list[Finding]:
@@ -155,10 +160,12 @@ def _itc_at_chance(run: Run) -> Finding | None:
     values, queue = run.values("itc"), int(run.setting("queue", 0)) if run.values("teacher_distance") else 0
     late = values[len(values) // 2 :]
     flat = max(late) - min(late) < NEAR * loss
-    for count, name in ((batch + queue, "batch + queue"), (batch, "batch")):
+    # A queue is empty at first, and a long one isn't full for many steps.
+    filled = int(_end([min(queue, int(line["step"]) * batch) for line in run.train if "itc" in line]))
+    for count, name in ((batch + filled, "batch + queue"), (batch, "batch")):
         chance = math.log(count)
         # A contrast over a queue crosses ln(batch) when it is healthy, so there it must also stand still.
-        if abs(loss - chance) < NEAR * chance and (count == batch + queue or flat):
+        if abs(loss - chance) < NEAR * chance and (count == batch + filled or flat):
             evidence = f"itc {loss:.4f} in the last quarter, ln({name}) = ln({count}) = {chance:.4f}"
             advice = "features are all alike: lower train.optim.lr or lengthen its warm-up; look at the captions"
             return Finding(run.level, "itc at chance", evidence, advice)

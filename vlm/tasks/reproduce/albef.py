@@ -18,7 +18,8 @@ VARIANTS = {
     "+ MoD": (),
 }
 """Each adds to the one before; settings of the `tiny` recipe, which has them all. Otherwise than in the paper it draws
-half of the hard negatives evenly (`hard_share`) and weighs MLM with 0.1."""
+half of the hard negatives evenly (`hard_share`) and weighs MLM with 0.1; short runs also have `PLAIN` data and a
+sooner `TEACHER`."""
 MEASURES = {
     "itm_text_to_image_r1": "ITM text to image R@1 %",
     "itm_image_to_text_r1": "ITM image to text R@1 %",
