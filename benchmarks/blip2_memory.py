@@ -2,7 +2,7 @@
 
 Networks are made without weights (on torch's meta device), so that the largest takes seconds. Counted are weights,
 gradients, the optimiser's moments and a row's cache; activations aren't, they grow with the batch: what a whole
-process takes is measured by `blip2_train.py`. See README.md here.
+process takes is measured by `blip2_peak.py`. See README.md here.
 """
 
 from __future__ import annotations
@@ -94,19 +94,27 @@ def count(title: str, shape: str, name: str) -> dict[str, Any]:
 def make(shape: str, name: str) -> tuple[Any, Any]:
     """Our second stage without its language model, and that one, both without weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from vlm.models.blip2_llm import Blip2Llm
 
-    settings = dict(LLMS[name])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        llm = kind.from_config(config)
-        if config.is_encoder_decoder:  # FlanT5's head is its own, whatever its class ties
-            llm.lm_head.weight = torch.nn.Parameter(torch.empty_like(llm.lm_head.weight))
+        llm = make_llm(LLMS[name], torch.float32)
         width = llm.get_input_embeddings().weight.shape[1]
         return Blip2Llm(second_stage(shape, width)), llm
+
+
+def make_llm(settings: Mapping[str, Any], dtype: Any) -> Any:
+    """A language model of these settings, as its class begins; dtype: of its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    sizes = dict(settings)
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    llm = kind.from_config(config, dtype=dtype)
+    if config.is_encoder_decoder:  # FlanT5's head is its own, whatever its class ties
+        llm.lm_head.weight = torch.nn.Parameter(torch.empty_like(llm.lm_head.weight))
+    return llm
 
 
 def second_stage(shape: str, width: int) -> Any:
@@ -135,7 +143,8 @@ def size(network: Any) -> int:
 
 
 def llm_bytes(llm: Any, kind: str) -> int:
-    """Bytes of a language model's weights; its embeddings, head and norms are bf16 where its layers have fewer bits."""
+    """Bytes of a language model's weights; its embeddings, head and norms are fp32 where its layers have fewer bits,
+    as `vlm.weights.llm` holds them."""
     from torch import nn
 
     whole = size(llm)
@@ -144,7 +153,7 @@ def llm_bytes(llm: Any, kind: str) -> int:
     head = llm.get_output_embeddings()
     linear = [one.weight for one in llm.modules() if type(one) is nn.Linear and one is not head]
     small: Callable[[Any], int] = int8_bytes if kind == "int8" else nf4_bytes
-    return sum(map(small, linear)) + 2 * (whole - sum(weight.numel() for weight in linear))
+    return sum(map(small, linear)) + 4 * (whole - sum(weight.numel() for weight in linear))
 
 
 def int8_bytes(weight: Any) -> int:

@@ -87,15 +87,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         reset_peak()
     else:
         torch.cuda.reset_peak_memory_stats()
-    from vlm.train.step import backward
-
     losses: list[float] = []
 
     def step(number: int) -> None:
-        values = backward(network, batches[number], context, step=number, loss_scale=1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(values["loss"])
+        losses.append(make_step(network, batches[number], optimizer, context, number))
 
     seconds = []
     for turn in range(options.rounds + 1):  # the first warms up
@@ -125,9 +120,18 @@ def tokens_of(batch: Any) -> int:
     return int(batch.tokens.attention_mask.sum())
 
 
+def make_step(network: Any, batch: Any, optimizer: Any, context: Any, number: int) -> float:
+    """The training step of that number, on a batch; its loss."""
+    from vlm.train.step import backward
+
+    values = backward(network, batch, context, step=number, loss_scale=1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return values["loss"]
+
+
 def prepare(options: argparse.Namespace, stage: str, kind: str) -> tuple[Any, list[Any], Any, Any]:
     """A recipe's network, its batches for all steps, optimiser and step context."""
-    import contextlib
     import itertools
 
     import torch
@@ -135,19 +139,14 @@ def prepare(options: argparse.Namespace, stage: str, kind: str) -> tuple[Any, li
     from vlm.data.loader import make_loader
     from vlm.data.sources import open_source
     from vlm.train.config import load_config, named_config
-    from vlm.train.distributed import Ranks
-    from vlm.train.engine import pick_precision
-    from vlm.train.optim import freeze, make_optimizer
     from vlm.train.run import begun_network, make_prompts, make_tokenizer, make_transform, run_kind
-    from vlm.train.step import StepContext
 
     changes = [*options.set, *(options.set_first if stage == "blip2" else options.set_second)]
     changes += [f"model.llm.weights={kind}"] if kind else []
     config: Any = load_config(run_kind(stage), named_config(stage, options.config), changes)
     device = torch.device(options.device)
     network: Any = begun_network(config).to(device).train()
-    freeze(network, config.train.optim.freeze)
-    optimizer = make_optimizer(network, config.train.optim)
+    optimizer, context = trainer(network, config.train, device)
     source, tokenizer, transform = open_source(config.data), make_tokenizer(config), make_transform(config)
     count = options.steps * (options.rounds + 1)
     epochs = (
@@ -157,15 +156,30 @@ def prepare(options: argparse.Namespace, stage: str, kind: str) -> tuple[Any, li
     )  # fmt: skip
     made = itertools.islice(itertools.chain.from_iterable(epochs), count)
     batches = [batch.to(device) for batch in made]  # reading pictures isn't measured
-    precision = pick_precision(config.train.precision, device)
+    return network, batches, optimizer, context
+
+
+def trainer(network: Any, train: Any, device: Any) -> tuple[Any, Any]:
+    """Optimiser and step context of a network on one device, as a recipe's `train` has them; freezes what it says."""
+    import contextlib
+
+    import torch
+
+    from vlm.train.distributed import Ranks
+    from vlm.train.engine import pick_precision
+    from vlm.train.optim import freeze, make_optimizer
+    from vlm.train.step import StepContext
+
+    freeze(network, train.optim.freeze)
+    precision = pick_precision(train.precision, device)
 
     def autocast() -> Any:
         if precision is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=precision)
 
-    context = StepContext(Ranks(0, 1, device), network, autocast, seed=0, accumulate=config.train.accumulate)
-    return network, batches, optimizer, context
+    context = StepContext(Ranks(0, 1, device), network, autocast, seed=0, accumulate=train.accumulate)
+    return make_optimizer(network, train.optim), context
 
 
 def markdown(result: dict[str, Any]) -> str:

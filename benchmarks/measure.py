@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import math
 import platform
@@ -29,6 +32,16 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def held_mb(device: str) -> float:
+    """Memory at this moment in MB, as `peak_mb`. Raises OSError for a process whose system doesn't tell (not Linux)."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.memory_allocated() / 1e6
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024 / 1e6
+
+
 def reset_peak() -> bool:
     """Let `peak_mb` of this process begin anew; false where the system can't."""
     try:
@@ -36,6 +49,13 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back() -> None:
+    """Give what was freed, and the allocator keeps, back to the system, where that can be done (glibc)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def timed(step: Callable[[int], None], numbers: Sequence[int], device: str) -> float:
