@@ -150,7 +150,7 @@ def test_card_quotes_the_same_figures() -> None:
     [
         "README.md",
         "benchmarks/README.md",
-        *(f"vlm/assets/{name}/README.md" for name in ("tiny-clip", "tiny-albef", "tiny-blip")),
+        *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("vlm/assets/*/README.md"))),
     ],
 )
 def test_links_lead_somewhere(document: str) -> None:
