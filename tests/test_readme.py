@@ -90,6 +90,7 @@ RESULTS = [
         "pointing-tiny-vilt",
         "captions-tiny-blip",
         "captions-tiny-med",
+        "captions-tiny-blip2",
         "rerank-base-cpu",
         "rerank-tiny-cpu",
         "stages",
