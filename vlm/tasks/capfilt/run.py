@@ -131,7 +131,10 @@ class _Start:
 
 def _check_out(out: Path) -> None:
     """Raises ConfigError for a folder of something else, such as one of the sets."""
-    names = sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) if out.is_dir() else []
+    try:
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return  # not there yet, or nothing can be written there, which is told where that is tried
     if names and BEGUN not in names:
         raise ConfigError(
             f"{out}: holds other files (such as {names[0]}) and no CapFilt that was begun; choose a new or empty folder"
