@@ -250,7 +250,7 @@ def test_a_run_that_starts_from_nothing_says_so(folder: Path, tmp_path: Path) ->
         more = [*STAGES[stage], *COMMON, "start=[]", "validation=[]", "train.steps=1"]
         result = CliRunner().invoke(app, ["train", stage, "--out", str(tmp_path / stage), *data, *more])
         assert result.exit_code == 0, result.output + str(result.exception)
-        assert ("nothing to start from: all of the network is random numbers" in result.stderr) == told
+        assert ("nothing to start from: all that is trained begins as random numbers" in result.stderr) == told
         assert ("--start takes a CLIP's" in result.stderr) == told
 
 
