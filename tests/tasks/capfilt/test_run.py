@@ -214,7 +214,7 @@ def test_heads_settings_and_ranks_that_cant_be_used(folder: Path, tmp_path: Path
     assert not (tmp_path / "out" / "capfilt.json").exists()
     with pytest.raises(MissingVerbError, match="has no lm head"):
         run(settings(folder, captioner=str(tmp_path / "retriever")), tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"capfilt\.model .--model.: name the pre-trained MED that captioner and judge"):
+    with pytest.raises(ConfigError, match=r"capfilt\.model .--model.: name the pre-trained MED that captioner"):
         settings(folder, captioner="", judge="")
     with pytest.raises(ConfigError, match=r"capfilt\.threshold is a probability.*got 1"):
         settings(folder, threshold=1.0)
