@@ -134,6 +134,16 @@ def test_capfilt_is_as_fast_as_it_should_be() -> None:
     assert values["ratio"]["median"] >= 1.5 and values["largest_difference_of_scores"] < 1e-4
 
 
+def test_memory_is_what_is_counted() -> None:
+    """What `base` takes at its peak to write a caption; and whatever was measured, at least nearly what is counted."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "blip2_peak.json").read_text("utf-8"))["rows"]
+    measured = [row for row in rows if "peak_mb" in row]
+    taken = [(row["peak_mb"] - row["imports_mb"]) * 1e6 / row["counted_bytes"] for row in measured]
+    assert min(taken) > 0.97
+    said = [more for row, more in zip(measured, taken, strict=True) if (row["recipe"], row["act"]) == ("base", "run")]
+    assert len(said) >= 2 and max(said) < 1.02
+
+
 def test_card_quotes_the_same_figures() -> None:
     card = CARD.read_text("utf-8")
     rows = (ROOT / "benchmarks" / "results" / "tiny-clip.md").read_text("utf-8").splitlines()
