@@ -94,16 +94,21 @@ RESULTS = [
         "rerank-tiny-cpu",
         "stages",
         "stages-blip",
+        "stages-blip2",
     ),
     *("generate-base-cpu", "capfilt-base-cpu", "blip2_memory", "blip2_peak"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
 ]
+REPRODUCED = ("albef", "blip")
 
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [*((name, "python benchmarks/") for name in RESULTS), ("reproduce-albef", "vlm reproduce albef ")],
+    [
+        *((name, "python benchmarks/") for name in RESULTS),
+        *((f"reproduce-{stage}", f"vlm reproduce {stage} ") for stage in REPRODUCED),
+    ],
 )
 def test_figures_are_those_of_the_result_files(name: str, command: str) -> None:
     results = ROOT / "benchmarks" / "results"

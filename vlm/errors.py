@@ -19,7 +19,9 @@ class DataError(VlmError):
     """A picture, caption, shard or data source can't be used."""
 
     def __init__(self, message: str, *, reason: str = "") -> None:
-        """reason: why a picture was refused, for programs: ``bytes``, ``pixels``, ``format`` or ``damaged``."""
+        """reason: why a picture was refused, for programs: ``bytes``, ``pixels``, ``format`` or ``damaged``; or a set
+        of shards: `vlm.data.samples.EMPTY`.
+        """
         super().__init__(message)
         self.reason = reason
 

@@ -99,6 +99,11 @@ def test_what_it_refuses(tmp_path: Path, run: Run) -> None:
         ("--web", "no/such"): "no/such: no such file or folder",
         ("--captioner", str(tmp_path / "none")): "none",
         ("--strategy", "nuclear"): "unknown strategy 'nuclear' (did you mean 'nucleus'?)",
+        (
+            "--beams",
+            "3",
+        ): "--beams is for beam search, and the strategy is nucleus: leave it out, or add",
+        ("--strategy", "beam", "--top-p", "0.9"): "--top-p is for nucleus search, and the strategy is beam",
         ("--threshold", "2"): "capfilt.threshold is a probability",
         ("--train", "--config", "huge"): "no blip configuration named 'huge'",
         ("--out", str(tmp_path / "new.yaml")): "new.yaml: is a file, expected a folder",

@@ -39,6 +39,10 @@ def test_shards_lists_globs_and_files(
         done = caption(place)
         assert done.code == 0, done.err
         assert lines_of(done.out) == {f"{tar}:{name}": texts for name, texts in expected.items()}
+    (tmp_path / "shards" / "loose.png").write_bytes((pictures / "red.png").read_bytes())  # beside a shard
+    done = caption(tmp_path / "shards")
+    loose = {str(tmp_path / "shards" / "loose.png"): expected["red.png"]}
+    assert lines_of(done.out) == {f"{tar}:{name}": texts for name, texts in expected.items()} | loose
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures / 'blue.png'}\n\n{tar}\n"))
     done = caption("-", pictures / "r*.png", pictures / "blue.png")
     names = [path.rsplit("/", 1)[1] for path in lines_of(done.out)]
@@ -189,6 +193,15 @@ def test_a_model_without_a_decoder_is_refused(run: Run, model: str, pictures: Pa
         (("--beams", 2, "-n", 3), "beam search gives 2"),
         (("--format", "txt", "--output", "x"), "leave --output out"),
         (("--max-new-tokens", 0), "max_new_tokens must be"),
+        (
+            ("--top-p", 0.9),
+            "--top-p is for nucleus search, and the strategy is beam: leave it out, or add --st",
+        ),
+        (("--top-k", 0), "--top-k is for nucleus search"),
+        (("--strategy", "greedy", "--temperature", 2), "--temperature is for nucleus search, and the strategy is gre"),
+        (("--strategy", "nucleus", "--beams", 3), "--beams is for beam search, and the strategy is nucleus"),
+        (("--strategy", "greedy", "--beams", 1), "--beams is for beam search, and the strategy is greedy"),
+        (("--strategy", "greedy", "--length-penalty", 1), "--length-penalty is for beam search"),
     ],
 )
 def test_bad_options_are_named(

@@ -99,6 +99,19 @@ def test_a_full_disk_is_told_by_the_result_s_name(
     assert ".part" not in done.err
 
 
+@pytest.mark.parametrize("more", [(), ("--fresh",)])
+def test_a_refusal_leaves_all_as_it_was(run: Run, pictures: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    where, model = tmp_path / "captions", tmp_path / "none.pt"
+    where.mkdir()
+    refused = ("caption", pictures, "-o", where / "found.jsonl", "--model", model, "--device", "cpu", *more)
+    assert run(*refused).code == 2 and not list(where.iterdir())
+    (where / ".found.jsonl.part").write_text('{"settings": {"prompt": ""}}\n{"path": "a.png", "captions": []}\n')
+    before = (where / ".found.jsonl.part").read_bytes()
+    done = run(*refused)
+    assert done.code == 2 and "none.pt" in done.err
+    assert [path.read_bytes() for path in where.iterdir()] == [before]
+
+
 def test_text_files_that_would_be_shared(caption: Run, pictures: Path, tmp_path: Path) -> None:
     (pictures / "red.jpg").write_bytes((pictures / "red.png").read_bytes())
     done = caption(pictures, "-f", "txt")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.data.made import picture, said, tar, write
 from vlm.data.shards import ShardSource, ShardWriter, find_shards, shard_pictures
+from vlm.data.sources import open_source
 from vlm.errors import DataError
 
 
@@ -170,7 +171,7 @@ def test_text_members_nested_names_and_odd_members(tmp_path: Path) -> None:
     assert source[1].image == picture(1)
 
 
-@pytest.mark.parametrize("content", [b"", b"just text, no archive " * 100, b"\x1f\x8bnonsense"])
+@pytest.mark.parametrize("content", [b"just text, no archive " * 100, b"\x1f\x8bnonsense"])
 def test_what_is_no_tar(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(content)
@@ -182,6 +183,19 @@ def test_shards_without_samples_say_why(tmp_path: Path) -> None:
     path = tar(tmp_path / "x.tar", [("a.png", picture())])
     with pytest.raises(DataError, match=r"no samples in these shards .*1 x picture without JSON or text: x/a"):
         ShardSource([str(path)])
+
+
+@pytest.mark.parametrize("content", [b"", bytes(10240), gzip.compress(b"")], ids=["no bytes", "no members", "gzip"])
+def test_an_empty_shard_among_others_is_told(tmp_path: Path, content: bytes) -> None:
+    full, hollow = write(tmp_path / "x-{}.tar", 1)[0], tmp_path / "x-1.tar"
+    hollow.write_bytes(content)
+    for spec in (str(tmp_path), str(tmp_path / "x-{0..1}.tar"), [str(full), str(hollow)], [str(hollow), str(full)]):
+        source = open_source(spec)
+        assert len(source) == 1 and source.problems.counts == {"shard without samples": 1}
+        assert source.fingerprint() == open_source(full).fingerprint() and not source.problems.unread
+    for lost in (str(hollow), [str(hollow), str(hollow)]):
+        with pytest.raises(DataError, match=r"x-1\.tar: no samples in these shards .*shard without samples: x-1"):
+            open_source(lost)
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.models.small_blip import BLIP, build
 from tests.tasks.small import noise, random_model
 from vlm.models.packed import PackedLinear, pack_linears
+
+MAPS = Path("/proc/self/maps")
 
 
 def test_both_towers_give_the_same_features() -> None:
@@ -44,6 +49,22 @@ def test_other_types_and_derived_layers_are_left() -> None:
     network = nn.Sequential(nn.Linear(4, 4).bfloat16(), Own(4, 4), nn.Sequential(nn.Linear(4, 4)))
     assert pack_linears(network) == 1
     assert isinstance(network[2][0], PackedLinear) and type(network[1]) is Own
+
+
+@pytest.mark.skipif(not MAPS.is_file(), reason="this system has no /proc/self/maps")
+def test_nothing_of_the_weights_file_is_kept(tmp_path: Path) -> None:
+    """Tensors of a safetensors file are parts of one mapping, which the last of them keeps in memory."""
+    network = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 4), nn.LayerNorm(4))
+    path, ids = tmp_path / "model.safetensors", torch.tensor([[1, 2]])
+    save_file(network.state_dict(), path)
+    network.load_state_dict(load_file(path), assign=True)
+    with torch.inference_mode():
+        expected = network.eval()(ids)
+        assert str(path) in MAPS.read_text("utf-8")
+        assert pack_linears(network) == 1
+        gc.collect()
+        assert str(path) not in MAPS.read_text("utf-8")
+        assert torch.allclose(network(ids), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("sharing", ["none", "all_but_self_attention"])

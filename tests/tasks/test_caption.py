@@ -171,6 +171,12 @@ def test_refusals() -> None:
         Captioner(ours(), batch_size=0)
     with pytest.raises(ConfigError, match="4 tokens and 37 new ones are more than its texts can have, 40"):
         Captioner(ours(), GenerationConfig(max_new_tokens=37), prompt="a red cat").caption_pixels(pictures(1))
+    with pytest.raises(ConfigError, match=r"41 tokens and 8 new ones are more than .* 40; .* shorten the prompt"):
+        Captioner(ours(), GenerationConfig(max_new_tokens=8), prompt="red " * 40).caption_pixels(pictures(1))
+    short = replace(ours().tokenizer, max_length=4)  # what is learnt may be shorter than what can be said
+    cut = VisionLanguageModel(ours().network, short, ours().transform, name="cut", family="blip")
+    whole = [Captioner(model, BEAM, prompt="a red cat on a").caption_pixels(pictures(1)) for model in (ours(), cut)]
+    assert whole[0] == whole[1]
 
 
 def test_summary_by_hand() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm.apps.common import with_options
+from vlm.apps.common import search_config, with_options
 from vlm.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class CapfiltOptions:
     filtering: Annotated[bool, _option("Whether texts that don't match are dropped.")] = True
     threshold: Annotated[float, _option("Texts are kept above this matched probability.")] = 0.5
     strategy: Annotated[str, _option("nucleus, beam or greedy.")] = "nucleus"
-    beams: Annotated[int, _option("Texts that beam search follows at once.")] = 3
-    top_p: Annotated[float, _option("Probability that nucleus sampling draws from.")] = 0.9
+    beams: Annotated[int | None, _option("Texts that beam search follows at once. [3]")] = None
+    top_p: Annotated[float | None, _option("Probability that nucleus sampling draws from. [0.9]")] = None
     max_new_tokens: Annotated[int, _option("Longest synthetic text, in tokens.")] = 20
     min_new_tokens: Annotated[int, _option("Shortest synthetic text, in tokens.")] = 5
     web_field: Annotated[str, _option("JSON field with the text as found; else the captions.")] = "web"
@@ -106,16 +106,9 @@ def run(options: CapfiltOptions) -> None:
 
 
 def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
-    from vlm.generate import GenerationConfig
     from vlm.tasks.capfilt.settings import CapfiltConfig, Execution
 
-    generation = GenerationConfig(
-        options.strategy,  # type: ignore[arg-type]
-        beams=options.beams,
-        top_p=options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        min_new_tokens=options.min_new_tokens,
-    )
+    generation = search_config(vars(options))
     names = ("model", "captioner", "judge", "judged", "synthetic", "filtering", "threshold", "web_field", "seed")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given |= {"captioner_training": options.captioner_config, "judge_training": options.filter_config}
@@ -132,6 +125,9 @@ def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
 def _tell(result: Result, out: Path) -> None:
     for name, found in result.report["texts"].items():
         typer.echo(f"{name}: kept {found['kept']} of {counted(found['texts'], 'text')}")
+    bare = result.report["pictures"]["web"]["without_text"]
+    if bare:
+        typer.echo(f"web: {counted(bare, 'picture')} came without a text to judge")
     check = result.report["filter"]
     typer.echo(
         f"filter on exchanged texts: precision {check['precision']['value']:.3f}, recall {check['recall']['value']:.3f}"

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,15 @@ import typer
 from vlm.apps.caption_beside import Beside
 from vlm.apps.caption_files import FORMS, Journal, Sink, Terminal
 from vlm.apps.classify import finish
-from vlm.apps.common import DEFAULT_CAPTIONER, check_output, find_pictures, load_model, with_options
+from vlm.apps.common import (
+    DEFAULT_CAPTIONER,
+    check_output,
+    find_pictures,
+    load_model,
+    pictures_in,
+    search_config,
+    with_options,
+)
 from vlm.errors import ConfigError, DataError, counted, nearest
 
 
@@ -59,11 +67,7 @@ def caption(options: CaptionOptions) -> None:
 
     With --output or --format txt a second run goes on where the first one stopped.
     """
-    from vlm.generate import GenerationConfig
-
-    names = [field.name for field in fields(GenerationConfig)]
-    given = {name: value for name, value in asdict(options).items() if name in names and value is not None}
-    config = GenerationConfig(**given)
+    config = search_config(vars(options))
     pictures = {_name(picture): picture for picture in find_inputs(options.paths)}
     check_output(options.output, inputs={getattr(picture, "tar", picture) for picture in pictures.values()})
     sink = _sink(options, config, list(pictures))
@@ -79,7 +83,8 @@ def caption(options: CaptionOptions) -> None:
 
 
 def find_inputs(places: Sequence[str]) -> list[Any]:
-    """Pictures as `find_pictures` finds them, and those in shards (files, globs, braces, or folders that hold some).
+    """Pictures as `find_pictures` finds them, and those in shards (files, globs, braces, or folders, whose pictures
+    outside of shards follow).
 
     Raises DataError where a place holds none.
     """
@@ -92,7 +97,8 @@ def find_inputs(places: Sequence[str]) -> list[Any]:
             continue
         packed = [path for path in glob.glob(os.path.join(glob.escape(place), "*")) if path.endswith(ENDINGS)]
         if place.endswith(ENDINGS) or packed:
-            inside = [one for shard in find_shards(place) for one in shard_pictures(shard)]
+            inside: list[Any] = [one for shard in find_shards(place) for one in shard_pictures(shard)]
+            inside += pictures_in(place) if packed else []
             if not inside:
                 raise DataError(f"{place}: no pictures in these shards")
             found += inside

@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import typer
 
@@ -67,6 +67,7 @@ class Terminal:
 class Journal:
     """A file that appears whole at the end; until then a journal beside it, from which the next run goes on.
 
+    The journal is begun with the first caption: a run that is refused before that leaves all as it was.
     The settings stand in the journal's first line, and those of a finished file in a hidden one beside it.
     """
 
@@ -85,24 +86,23 @@ class Journal:
         self.done = {row["path"] for row in rows}
         self.kept: set[str] = set()
         self.summary = summary_of(row for row in rows if row["path"] in set(names))
-        begun = settings_line(self._settings) + "".join(rendered(rows, "jsonl"))
-        # Rewritten, since a killed run may have left half a line.
-        write_file(self.path, lambda file: file.write(begun.encode("utf-8", "backslashreplace")), named=output)
-        with writing(output):
-            self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._before = rows
+        self._file: TextIO | None = None
 
     def add(self, name: str, found: Sequence[Caption]) -> None:
         """Write one picture's captions to the journal."""
         row = row_of(name, found)
         count(self.summary, row)
+        file = self._begun()
         with writing(self.output):
-            self._file.write("".join(rendered([row], "jsonl")))
-            self._file.flush()
+            file.write("".join(rendered([row], "jsonl")))
+            file.flush()
 
     def close(self) -> None:
         """Make the file of the journal, if anything is in it."""
+        file = self._begun()
         with writing(self.output):
-            self._file.close()
+            file.close()
             _, rows = _read_journal(self.path)
 
         def write(file: Any) -> None:
@@ -114,6 +114,17 @@ class Journal:
             about = settings_line(self._settings).encode()
             write_file(self._about, lambda file: file.write(about), named=self.output)
         self.path.unlink()
+
+    def _begun(self) -> TextIO:
+        """The journal, open to be gone on with."""
+        if self._file is None:
+            begun = settings_line(self._settings) + "".join(rendered(self._before, "jsonl"))
+            # Rewritten, since a killed run may have left half a line.
+            write_file(self.path, lambda file: file.write(begun.encode("utf-8", "backslashreplace")), named=self.output)
+            with writing(self.output):
+                self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+            self._before = []
+        return self._file
 
     def _take_up(self, form: str) -> list[Row]:
         """The rows of an earlier run that was made with the same settings."""

@@ -9,16 +9,19 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from vlm import files
 from vlm.errors import ConfigError, DataError, WeightsError, counted
 
+if TYPE_CHECKING:
+    from vlm.generate import GenerationConfig
+
 DEFAULT_MODEL = "tiny-clip"
 DEFAULT_CAPTIONER = "tiny-blip"
-DEFAULT_SPEAKER = "tiny-blip2-llm"
+DEFAULT_SPEAKER = "tiny-blip2"
 Model = Annotated[str, typer.Option("--model", "-m", help="Shipped name, folder, repo id, open_clip:ARCH/TAG, file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Templates = Annotated[
@@ -90,8 +93,6 @@ def find_pictures(places: Sequence[str]) -> list[str]:
     A path that isn't there stays in the list, so that it is reported. Raises DataError for a folder or a glob
     without pictures, and when nothing is named.
     """
-    from vlm.data.images import SUFFIXES
-
     found: list[str] = []
     for place in places:
         if not place:
@@ -100,8 +101,7 @@ def find_pictures(places: Sequence[str]) -> list[str]:
             here = [line.strip() for line in sys.stdin if line.strip()]
             expected = "standard input: no paths there, expected one a line"
         elif os.path.isdir(place):
-            inside = sorted(Path(place).rglob("*"))
-            here = [str(path) for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
+            here = pictures_in(place)
             expected = f"{place}: no pictures in this folder, expected files such as .png, .jpg or .webp"
         elif glob.has_magic(place) and not os.path.exists(place):
             here = sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path))
@@ -114,6 +114,14 @@ def find_pictures(places: Sequence[str]) -> list[str]:
     if not found:
         raise DataError("no pictures were named; give files, folders or globs, or - for a list on standard input")
     return list(dict.fromkeys(found))
+
+
+def pictures_in(folder: str) -> list[str]:
+    """Files in a folder, also in those inside it, that end as pictures do, in order."""
+    from vlm.data.images import SUFFIXES
+
+    inside = sorted(Path(folder).rglob("*"))
+    return [str(path) for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
 
 
 def write_text(text: str, output: Path | None) -> None:
@@ -203,6 +211,31 @@ def with_options(kind: type, *, environment: str = "") -> Callable[[Callable[[An
         return run
 
     return make
+
+
+SEARCHES = {
+    "beams": "beam", "length_penalty": "beam", "top_p": "nucleus", "top_k": "nucleus", "temperature": "nucleus",
+}  # fmt: skip
+"""The only search that heeds an option."""
+
+
+def search_config(given: Mapping[str, Any]) -> GenerationConfig:
+    """How texts are searched for, by the options that were given: those of `GenerationConfig`, None where left out.
+
+    Raises ConfigError for a value that can't be, and for an option that the search of this strategy would not heed.
+    """
+    from vlm.generate import GenerationConfig
+
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    values = {name: value for name, value in given.items() if name in names and value is not None}
+    config = GenerationConfig(**values)
+    for name, strategy in SEARCHES.items():
+        if name in values and config.strategy != strategy:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for {strategy} search, and the strategy is {config.strategy}: leave it "
+                f"out, or add --strategy {strategy}"
+            )
+    return config
 
 
 def log_warnings() -> None:

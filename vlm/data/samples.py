@@ -18,6 +18,8 @@ UNREADABLE = "picture that can't be decoded (each showing counted)"
 ABSENT = "picture isn't there"
 DAMAGED = "damaged shard, its readable part is used"
 """Reasons for which `Problems` count what was asked for and could not be read."""
+EMPTY = "shard without samples"
+"""Nothing is lost with it: it is only told."""
 ANSWER_FIELDS = ("answers", "answer")
 
 
@@ -32,7 +34,8 @@ class Sample:
     """Encoded picture, for `decode_image`."""
 
     meta: dict[str, Any]
-    """``captions`` (list of str, at least one) and, where known, source, licence, concept, tags, name, ..."""
+    """``captions`` (list of str; at least one, unless the source takes pictures without a text) and, where known,
+    source, licence, concept, tags, name, ..."""
 
 
 @dataclass
@@ -93,14 +96,14 @@ class Problems:
 
 
 def with_captions(
-    meta: Any, extra: Iterable[str] = (), *, report: Callable[[str], None] | None = None
+    meta: Any, extra: Iterable[str] = (), *, textless: bool = False, report: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """A copy of a sample's JSON with ``captions`` as a list of non-empty texts, duplicates removed.
 
     Takes ``captions``, else ``caption``, ``text`` or ``title`` (a text or a list of texts), else `extra`. Where
     there is a ``question``, its ``answers`` or ``answer`` come first, and ``pairs`` lists [question, answer].
-    report: called with what was left out on the way, in words.
-    Raises ValueError when it isn't an object or holds no text.
+    textless: whether there may be no text at all. report: called with what was left out on the way, in words.
+    Raises ValueError when it isn't an object, or holds no text but must.
     """
     if not isinstance(meta, dict):
         raise ValueError("JSON is not an object")
@@ -110,23 +113,24 @@ def with_captions(
     for name in (*ANSWER_FIELDS, *CAPTION_FIELDS) if asks else CAPTION_FIELDS:
         value = meta.get(name)
         texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        found = [_clean(text) for text in texts if isinstance(text, str) and text.strip()]
+        found = [clean_text(text) for text in texts if isinstance(text, str) and text.strip()]
         if found:
             if len(found) < len(texts) and report is not None:
                 report("empty caption beside others, left out")
             asks = asks and name in ANSWER_FIELDS
             break
-    found = found or [_clean(text) for text in extra if text.strip()]
-    if not found:
+    found = found or [clean_text(text) for text in extra if text.strip()]
+    if not found and not textless:
         raise ValueError("no caption")
     captions = list(dict.fromkeys(found))
     if len(captions) < len(found) and report is not None:
         report("same caption twice for one picture, kept once")
-    pairs = {"pairs": [[_clean(str(question)), answer] for answer in captions]} if asks else {}
+    pairs = {"pairs": [[clean_text(str(question)), answer] for answer in captions]} if asks and captions else {}
     return {**meta, "captions": captions, **pairs}
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
+    """A text from outside without outer spaces, and with a question mark for each half of a character."""
     # JSON can hold half surrogates ("\ud83d"), which no encoder and no tokenizer takes.
     return text.strip().encode("utf-8", "replace").decode("utf-8")
 
@@ -140,9 +144,9 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def caption_length(meta: Mapping[str, Any]) -> int:
-    """Mean length of a sample's captions in characters, rounded."""
+    """Mean length of a sample's captions in characters, rounded; 0 where there are none."""
     captions = meta["captions"]
-    return round(sum(map(len, captions)) / len(captions))
+    return round(sum(map(len, captions)) / max(1, len(captions)))
 
 
 def stable_id(content: str | bytes) -> int:

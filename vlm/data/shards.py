@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 
 from vlm.data.cache import is_remote, local_tar
 from vlm.data.images import SUFFIXES
-from vlm.data.samples import OWN, Problems, Sample, fingerprint, with_captions
+from vlm.data.samples import EMPTY, OWN, Problems, Sample, fingerprint, with_captions
 from vlm.data.tar_index import index_shard, read_meta, read_piece
 from vlm.errors import DataError
 from vlm.files import write_file
@@ -32,11 +32,14 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 class ShardSource:
     """Samples of tar shards by number, in the order of the shards."""
 
-    def __init__(self, places: list[str], *, name: str = "") -> None:
-        """places: paths, addresses or ``pipe:`` commands, each a shard. Raises DataError if all are empty."""
+    def __init__(self, places: list[str], *, name: str = "", textless: bool = False) -> None:
+        """places: paths, addresses or ``pipe:`` commands, each a shard. textless: whether pictures without a text are
+        taken too. An empty one is told among the problems; raises DataError, of reason `EMPTY`, if all are empty.
+        """
         self.name = name or ", ".join(places)
         self.places = places
         self.problems = Problems()
+        self.textless = textless
         self.keys: list[str] = []
         self.concepts: list[str] = []
         self._paths: list[Path] = []
@@ -45,11 +48,13 @@ class ShardSource:
         for number, place in enumerate(places):
             tar, label = local_tar(place), shard_label(place)
             try:
-                index = index_shard(tar, label)
+                index = index_shard(tar, label, textless=textless)
             except ValueError as error:
                 raise DataError(f"{place}: not a tar archive, or its first bytes are damaged ({error})") from error
             self._paths.append(tar.path)
             self.problems.merge(index.problems)
+            if not index.rows and not index.problems.total:
+                self.problems.add(EMPTY, label)
             for row in index.rows:
                 self.keys.append(row["key"])
                 self.concepts.append(row["concept"] or f"{OWN}{number}:{label}:{row['key']}")
@@ -60,7 +65,7 @@ class ShardSource:
         self.problems.log(self.name)
         if not self.keys:
             found = f" ({self.problems.summary()})" if self.problems.total else ""
-            raise DataError(f"{self.name}: no samples in these shards{found}")
+            raise DataError(f"{self.name}: no samples in these shards{found}", reason=EMPTY)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,7 +77,7 @@ class ShardSource:
         try:
             with self._paths[shard].open("rb") as file:
                 image = read_piece(file, (image_at, image_size))
-                meta = read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]))
+                meta = read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]), textless=self.textless)
         except (OSError, ValueError) as error:
             raise DataError(f"{self.places[shard]}: sample {key} can't be read ({error})") from error
         return Sample(key, image, meta)
@@ -82,7 +87,7 @@ class ShardSource:
         shard, _, _, *rest = self._pieces[number].tolist()
         try:
             with self._paths[shard].open("rb") as file:
-                return read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]))
+                return read_meta(file, (rest[0], rest[1]), (rest[2], rest[3]), textless=self.textless)
         except (OSError, ValueError) as error:
             raise DataError(f"{self.places[shard]}: {self.keys[number]} can't be read ({error})") from error
 
@@ -201,7 +206,8 @@ class ShardWriter:
             raise DataError(f"sample {key}: this key is in the shard already")
         try:
             with_captions(meta)
-            content = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8")
+            # Half a character, which JSON from outside may hold, stays what it was there: an escape.
+            content = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode("utf-8", "backslashreplace")
         except (ValueError, TypeError) as error:
             raise DataError(f"sample {key}: {error}") from error
         self._rows += [(f"{key}.{suffix}", image), (f"{key}.json", content)]

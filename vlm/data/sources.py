@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm.data.images import SUFFIXES, read_encoded
-from vlm.data.samples import ABSENT, OWN, Problems, Sample, caption_length, fingerprint, with_captions
+from vlm.data.samples import ABSENT, EMPTY, OWN, Problems, Sample, caption_length, fingerprint, with_captions
 from vlm.data.shards import ENDINGS, ShardSource, find_shards
 from vlm.data.tables import TABLES, table_rows
 from vlm.errors import DataError, nearest
@@ -134,7 +134,7 @@ class Joined:
         return self.parts[part], number - (int(self._ends[part - 1]) if part else 0)
 
 
-def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
+def open_source(spec: str | Path | Sequence[str | Path], *, textless: bool = False) -> Source:
     """Open pictures with texts.
 
     spec: a folder of pictures with ``.txt`` files beside them (a line is a caption), a folder of class
@@ -142,9 +142,10 @@ def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
     lines (likewise), tar shards (file, folder, glob, braces, address), a built-in name such as
     ``human-train`` (or ``builtin:human-train``; `./human-train` for a folder of that name), or several of
     these in a list or joined by commas. Paths in a table are relative to the table's folder.
+    textless: whether pictures without a text are taken too, with no captions; nothing that trains can use those.
 
-    What can't be used is counted in the source's `problems` and logged. Raises DataError when nothing is
-    there, or nothing usable.
+    What can't be used is counted in the source's `problems` and logged, shards without samples too as long as others
+    are named that have some. Raises DataError when nothing is there, or nothing usable.
     """
     if isinstance(spec, str | Path):
         text = str(spec)
@@ -154,8 +155,21 @@ def open_source(spec: str | Path | Sequence[str | Path]) -> Source:
         specs = [str(part) for part in spec]
     if not specs:
         raise DataError(f"no data was named; expected {ACCEPTED}")
-    parts = [_open_one(part) for part in specs]
-    return parts[0] if len(parts) == 1 else Joined(parts)
+    parts: list[Source] = []
+    empty: dict[str, DataError] = {}
+    for part in specs:
+        try:
+            parts.append(_open_one(part, textless))
+        except DataError as error:
+            if error.reason != EMPTY:
+                raise
+            empty[part] = error
+    if not parts:
+        raise DataError("; ".join(map(str, empty.values())))
+    source = parts[0] if len(parts) == 1 else Joined(parts)
+    for part in empty:
+        source.problems.add(EMPTY, part)
+    return source
 
 
 def data_dir() -> Path:
@@ -206,40 +220,40 @@ def labels_table() -> list[Label]:
     return labels
 
 
-def _open_one(spec: str) -> Source:
+def _open_one(spec: str, textless: bool) -> Source:
     name = spec.removeprefix("builtin:")
     if name in BUILT_IN:
-        return _built_in(name)
+        return _built_in(name, textless)
     if name != spec:
         raise DataError(f"{spec}: no such set{nearest(name, BUILT_IN)}, there are {', '.join(BUILT_IN)}")
     path = Path(spec).expanduser()
     try:
         if path.is_dir():
             if any(child.name.endswith(ENDINGS) for child in path.iterdir()):
-                return ShardSource(find_shards(str(path)), name=spec)
-            return _open_folder(path)
+                return ShardSource(find_shards(str(path)), name=spec, textless=textless)
+            return _open_folder(path, textless)
     except OSError as error:
         raise DataError(f"{spec}: the folder can't be read ({error.strerror or error})") from error
     if path.suffix.lower() in TABLES:
-        return _open_table(path)
+        return _open_table(path, textless)
     if spec.startswith("pipe:") or "://" in spec:
-        return ShardSource(find_shards(spec), name=spec)
+        return ShardSource(find_shards(spec), name=spec, textless=textless)
     if spec.endswith(ENDINGS) or any(mark in spec for mark in "{*?["):
-        return ShardSource(find_shards(str(path)), name=spec)
+        return ShardSource(find_shards(str(path)), name=spec, textless=textless)
     state = "not a kind of data that is known" if os.path.exists(path) else "no such file or folder"
     raise DataError(f"{spec}: {state}{nearest(spec, BUILT_IN)}; expected {ACCEPTED}")
 
 
-def _built_in(name: str) -> ShardSource:
+def _built_in(name: str, textless: bool) -> ShardSource:
     folder = data_dir()
     pattern = f"openmoji/{name}-*.tar*" if name == "unseen-artist" else f"{name}-*.tar*"
     shards = sorted(str(path) for path in folder.glob(pattern) if path.name.endswith(ENDINGS))
     if not shards:
         raise DataError(f"{folder}: no shards {pattern} there; build them with `vlm data build`")
-    return ShardSource(shards, name=name)
+    return ShardSource(shards, name=name, textless=textless)
 
 
-def _open_folder(folder: Path) -> FileSource:
+def _open_folder(folder: Path, textless: bool) -> FileSource:
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     pictures = sorted(path for path in found if not _hidden(path.relative_to(folder)) and path.is_file())
     problems = Problems()
@@ -249,10 +263,12 @@ def _open_folder(folder: Path) -> FileSource:
         key = picture.relative_to(folder).as_posix()
         meta: dict[str, Any] | None = None
         if sidecars:
-            meta = _sidecar(picture.with_suffix(".txt"), key, problems)
+            meta = _sidecar(picture.with_suffix(".txt"), key, problems, textless)
         elif "/" in key:
             name = " ".join(key.split("/")[0].replace("_", " ").split())
             meta = with_captions({"captions": [name or key.split("/")[0]], "concept": name, "name": name})
+        elif textless:
+            meta = {"captions": []}
         else:
             problems.add("picture without a .txt file beside it", key)
         if meta is not None:
@@ -264,11 +280,13 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _sidecar(path: Path, key: str, problems: Problems) -> dict[str, Any] | None:
+def _sidecar(path: Path, key: str, problems: Problems, textless: bool) -> dict[str, Any] | None:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
-        return with_captions({}, lines, report=lambda reason: problems.add(reason, key))
+        return with_captions({}, lines, textless=textless, report=lambda reason: problems.add(reason, key))
     except FileNotFoundError:
+        if textless:
+            return {"captions": []}
         problems.add("picture without a .txt file beside it", key)
     except (OSError, UnicodeDecodeError):
         problems.add("text that can't be read", f"{key}: its .txt file")
@@ -277,17 +295,17 @@ def _sidecar(path: Path, key: str, problems: Problems) -> dict[str, Any] | None:
     return None
 
 
-def _open_table(path: Path) -> FileSource:
+def _open_table(path: Path, textless: bool) -> FileSource:
     problems = Problems()
     merged: dict[str, dict[str, Any]] = {}
-    for number, row in table_rows(path, problems):
+    for number, row in table_rows(path, problems, textless=textless):
         where = f"{path.name}, row {number}"
         named = row.pop("image")
         image = posixpath.normpath(named.strip()) if isinstance(named, str) and named.strip() else ""
         if not image or not os.path.isfile(path.parent / image):
             problems.add(ABSENT, f"{where}: {image or 'no name'}")
             continue
-        meta = _row_meta(row, where, problems)
+        meta = _row_meta(row, where, problems, textless)
         if meta is None:
             continue
         known = merged.setdefault(image, meta)
@@ -301,9 +319,9 @@ def _open_table(path: Path) -> FileSource:
     return FileSource(str(path), path.parent, list(merged.items()), problems)
 
 
-def _row_meta(row: dict[str, Any], where: str, problems: Problems) -> dict[str, Any] | None:
+def _row_meta(row: dict[str, Any], where: str, problems: Problems, textless: bool) -> dict[str, Any] | None:
     try:
-        meta = with_captions(row, report=lambda reason: problems.add(reason, where))
+        meta = with_captions(row, textless=textless, report=lambda reason: problems.add(reason, where))
     except ValueError:
         problems.add("no caption", where)
         return None

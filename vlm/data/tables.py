@@ -19,12 +19,13 @@ TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 
 
 def table_rows(
-    path: Path, problems: Problems, *, names: Sequence[str] = IMAGE_COLUMNS
+    path: Path, problems: Problems, *, names: Sequence[str] = IMAGE_COLUMNS, textless: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and values of each row, the picture's path under ``image``; it stands under one of `names`.
 
-    Column names are blind to case. Lines that are no JSON object are counted in `problems`. Raises DataError
-    when the file can't be read as text, isn't a table, or lacks a column of pictures or of texts.
+    textless: whether the column of texts may be missing. Column names are blind to case. Lines that are no JSON
+    object are counted in `problems`. Raises DataError when the file can't be read as text, isn't a table, or lacks a
+    column of pictures or of texts.
     """
     try:
         file = path.open(encoding="utf-8-sig", newline="")
@@ -34,9 +35,9 @@ def table_rows(
         number = 0
         try:
             read = (
-                _csv_rows(path, file, names)
+                _csv_rows(path, file, names, textless)
                 if path.suffix.lower() in (".csv", ".tsv")
-                else _json_rows(path, file, problems, names)
+                else _json_rows(path, file, problems, names, textless)
             )
             for number, row in read:
                 yield number, row
@@ -46,13 +47,15 @@ def table_rows(
             raise DataError(f"{path}: not a table after row {number} ({error})") from error
 
 
-def _csv_rows(path: Path, file: Iterable[str], names: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(
+    path: Path, file: Iterable[str], names: Sequence[str], textless: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
     lines = iter(file)
     head = next(lines, "")
     # A quote that is never closed takes in all that follows, this last line too.
     reader = csv.reader(itertools.chain([head], lines, [END]), delimiter=_delimiter(path, head))
     columns = [name.strip().lower() for name in next(reader, [])]
-    image, _ = _columns(path, columns, names)
+    image = _image_column(path, columns, names, textless)
     before = reader.line_num
     for row in reader:
         if row == [END]:
@@ -75,7 +78,7 @@ def _delimiter(path: Path, head: str) -> str:
 
 
 def _json_rows(
-    path: Path, file: Iterable[str], problems: Problems, names: Sequence[str]
+    path: Path, file: Iterable[str], problems: Problems, names: Sequence[str], textless: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     columns: dict[str, None] = {}
     named = False
@@ -93,14 +96,14 @@ def _json_rows(
         image = next((name for name in names if name in values), None)
         if not named:
             columns |= dict.fromkeys(values)
-            named = image is not None and any(name in values for name in CAPTION_COLUMNS)
+            named = image is not None and (textless or any(name in values for name in CAPTION_COLUMNS))
         yield number, {**values, "image": values[image] if image else ""}
     if columns and not named:
-        _columns(path, list(columns), names)
+        _image_column(path, list(columns), names, textless)
 
 
-def _columns(path: Path, found: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
-    """The columns of pictures and of texts among those found."""
+def _image_column(path: Path, found: Sequence[str], names: Sequence[str], textless: bool) -> str:
+    """The column of pictures among those found; makes sure that there is one of texts too."""
     image = next((name for name in names if name in found), None)
     text = next((name for name in CAPTION_COLUMNS if name in found), None)
     shown = ", ".join(found) or "no columns"
@@ -109,6 +112,6 @@ def _columns(path: Path, found: Sequence[str], names: Sequence[str]) -> tuple[st
         if any(name in found for name in ADDRESS_COLUMNS):
             advice = "; addresses aren't fetched: download the pictures first (img2dataset makes tar shards)"
         raise DataError(f"{path}: expected a column named {' or '.join(names)}, found {shown}{advice}")
-    if text is None:
+    if text is None and not textless:
         raise DataError(f"{path}: expected a column named {' or '.join(CAPTION_COLUMNS)}, found {shown}")
-    return image, text
+    return image

@@ -34,22 +34,25 @@ class Index:
     """key, image, json, text (pieces), length (caption characters), concept."""
 
     problems: Problems = field(default_factory=Problems)
+    textless: bool = False
+    """Whether pictures without a text are among them."""
 
 
-def index_shard(tar: LocalTar, label: str) -> Index:
+def index_shard(tar: LocalTar, label: str, *, textless: bool = False) -> Index:
     """The index of a shard, from the cache when it is there; one sequential pass otherwise.
 
-    label: how problems call the shard. Raises ValueError when the file isn't a tar at all.
+    label: how problems call the shard. textless: whether pictures without a text are taken too. Raises ValueError
+    when the file isn't a tar at all.
     """
-    stored = cache_dir() / "index" / f"{tar.identity[:40]}-{INDEX_VERSION}.json"
+    stored = cache_dir() / "index" / f"{tar.identity[:40]}-{INDEX_VERSION}{'-textless' if textless else ''}.json"
     try:
         saved = json.loads(stored.read_text("utf-8"))
-        return Index(saved["rows"], Problems.from_dict(saved["problems"]))
+        return Index(saved["rows"], Problems.from_dict(saved["problems"]), textless)
     except FileNotFoundError:
-        index = _scan(tar, label)
+        index = _scan(tar, label, textless)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.info("the index of %s is made again: %s", label, error)
-        index = _scan(tar, label)
+        index = _scan(tar, label, textless)
     content = json.dumps({"rows": index.rows, "problems": index.problems.as_dict()}).encode("utf-8")
     try:
         write_file(stored, lambda file: file.write(content), advice=ADVICE)
@@ -58,10 +61,12 @@ def index_shard(tar: LocalTar, label: str) -> Index:
     return index
 
 
-def _scan(tar: LocalTar, label: str) -> Index:
-    index = Index()
+def _scan(tar: LocalTar, label: str, textless: bool) -> Index:
+    index = Index(textless=textless)
     if tar.problem:
         index.problems.add(DAMAGED, f"{label} ({tar.problem})")
+    elif not tar.path.stat().st_size:
+        return index  # tarfile would call it no tar
     with tar.path.open("rb") as file:
         key = ""
         members: dict[str, Piece] = {}
@@ -137,12 +142,14 @@ def _finish(file: BinaryIO, label: str, key: str, members: dict[str, Piece], ind
     if not pictures:
         index.problems.add("no picture", where)
         return
-    if described == NOTHING and text == NOTHING:
+    if described == NOTHING and text == NOTHING and not index.textless:
         index.problems.add("picture without JSON or text", where)
         return
     back = file.tell()
     try:
-        meta = read_meta(file, described, text, report=lambda reason: index.problems.add(reason, where))
+        meta = read_meta(
+            file, described, text, textless=index.textless, report=lambda reason: index.problems.add(reason, where)
+        )
     except ValueError as error:
         reason = "no caption" if str(error) == "no caption" else "JSON or text can't be read"
         index.problems.add(reason, where)
@@ -163,14 +170,14 @@ def read_piece(file: BinaryIO, piece: Piece) -> bytes:
 
 
 def read_meta(
-    file: BinaryIO, described: Piece, text: Piece, report: Callable[[str], None] | None = None
+    file: BinaryIO, described: Piece, text: Piece, *, textless: bool, report: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """A sample's JSON with its captions; raises ValueError when there are none or it can't be read.
+    """A sample's JSON with its captions; raises ValueError when there are none but must be, or it can't be read.
 
-    described, text: the members ``.json`` and ``.txt``. report: see `with_captions`.
+    described, text: the members ``.json`` and ``.txt``. textless, report: see `with_captions`.
     """
     if max(described[1], text[1]) > MAX_JSON:
         raise ValueError("JSON or text is too long")
     meta = parse_json(read_piece(file, described)) if described[0] >= 0 else {}
     lines = read_piece(file, text).decode("utf-8-sig").splitlines() if text[0] >= 0 else []
-    return with_captions(meta, lines, report=report)
+    return with_captions(meta, lines, textless=textless, report=report)

@@ -17,7 +17,7 @@ class PackedLinear(nn.Module):
         """weight: (out, in). bias: (out,)."""
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self.bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, states: Tensor) -> Tensor:
         """Apply the layer."""
@@ -27,7 +27,8 @@ class PackedLinear(nn.Module):
 def pack_linears(network: nn.Module) -> int:
     """Replace the fp32 linear layers of a network on a CPU by packed ones; how many were replaced.
 
-    A prediction head's embedding stays: rows are looked up in it, and a second one would take much memory.
+    A prediction head's embedding stays: rows are looked up in it, and a second one would take much memory. Where any
+    were replaced, other fp32 tensors get memory of their own: one that lies in a mapped weights file keeps all of it.
 
     The network can't be trained, saved or moved any more. Elsewhere (a GPU, half precision, a torch without
     oneDNN) nothing is changed. Layers derived from nn.Linear stay, since others may look into them.
@@ -41,6 +42,10 @@ def pack_linears(network: nn.Module) -> int:
             if type(child) is nn.Linear and _packable(child.weight):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
                 count += 1
+    if count:
+        for tensor in [*network.parameters(), *network.buffers()]:
+            if _packable(tensor):
+                tensor.data = tensor.data.clone()
     return count
 
 

@@ -21,6 +21,9 @@ from vlm.tasks.zero_shot import Picture, is_picture, picture_batches
 from vlm.train.draws import uniform
 from vlm.weights.loaded import VisionLanguageModel
 
+UNCUT = 1 << 20
+"""Tokens that no prompt has."""
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -111,7 +114,10 @@ class Captioner:
         ]
 
     def _prompts(self, count: int) -> Tokens | None:
-        return self.model.tokens([self.prompt] * count) if self.prompt else None
+        if not self.prompt:
+            return None
+        # Whole, so that a prompt that is too long is refused: cut, it wouldn't be what the text begins with.
+        return self.model.tokenizer([self.prompt] * count, max_length=UNCUT).to(self.model.device)
 
     def _text(self, ids: Sequence[int]) -> str:
         tokenizer = self.model.tokenizer

@@ -24,7 +24,7 @@ Score = Literal["itm", "itm+itc"]
 SCORES = ("itm", "itm+itc")
 """``itm``: the matched logit (index 1 of `match`), as ALBEF's evaluation takes it. ``itm+itc``: that logit plus
 the cosine of the features, as BLIP's does."""
-TEXTS_AT_ONCE = 32
+TEXTS_AT_ONCE = 64
 """Texts of about one length that meet a picture together: fewer means less padding, more means fewer passes."""
 MATCHED = 1
 

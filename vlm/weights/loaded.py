@@ -118,7 +118,7 @@ class VisionLanguageModel:
         if length > limit:
             raise ConfigError(
                 f"{self.name}: a prompt of {ids.shape[1]} tokens and {config.max_new_tokens} new ones are more than "
-                f"its texts can have, {limit}; lower max_new_tokens"
+                f"its texts can have, {limit}; lower max_new_tokens or shorten the prompt"
             )
         # Projected once; the states themselves aren't needed any more.
         image = network.decoder_keys_values(network.image_states(pixels).states)

@@ -97,7 +97,7 @@ def test_a_broken_picture_is_reported_and_left_out(done: Path) -> None:
     report = json.loads((done / "report.json").read_text())
     assert [one["key"] for one in report["unreadable"]] == [BROKEN]
     assert "not a picture" in report["unreadable"][0]["error"]
-    assert report["pictures"]["web"] == {"pictures": 11, "unreadable": 1} | {
+    assert report["pictures"]["web"] == {"pictures": 11, "without_text": 0, "unreadable": 1} | {
         "with_kept_text": len({key for (key, kind), text in texts(done).items() if kind != "human" and text["kept"]})
     }
     assert f"Unreadable: {BROKEN}" in (done / "report.md").read_text()

@@ -69,3 +69,16 @@ def test_a_source_that_goes_away_is_named(tmp_path: Path, workers: int) -> None:
     (tmp_path / "web" / "00000.tar").unlink()
     with pytest.raises(DataError, match=r"00000\.tar: .*can't be read.*; what was written is whole: mend it and start"):
         list(read_units(how, found))
+
+
+def test_half_a_character_stops_nothing(tmp_path: Path) -> None:
+    """JSON of the web may hold half of an emoji, which no tokenizer takes."""
+    with ShardWriter(str(tmp_path / "web-{:05d}.tar")) as writer:
+        writer.write("a", noise(1), "png", {"captions": ["a dog"], "web": " dog \ud83d", "by": "\ude00 me"})
+    source = open_source(str(tmp_path))
+    (batch,) = read_units(Reading({"web": source}, (PLAIN,), 4, "web"), [units.Unit("web", 0, 0, 1)])
+    (row,) = batch.rows
+    assert row.texts == ("dog ?",)
+    with ShardWriter(str(tmp_path / "new-{:05d}.tar")) as writer:  # as what is kept is written
+        writer.write("a", row.image, "png", row.meta)
+    assert open_source(str(tmp_path / "new-00000.tar"))[0].meta == row.meta

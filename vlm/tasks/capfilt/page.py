@@ -36,8 +36,9 @@ def as_page(rows: Iterable[Mapping[str, Any]], source: Source) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>CapFilt</title><style>{STYLE}</style>'
         "</head><body>\n<h1>CapFilt</h1>\n"
-        '<p>T<sub>w</sub>: text from the web. T<sub>s</sub>: synthetic text. <span class="kept">Green ✓: kept by the '
-        'filter.</span> <span class="dropped">Red ✗: dropped.</span> Beside each: its matched probability.</p>\n'
+        "<p>T<sub>w</sub>: text from the web, if there was one. T<sub>s</sub>: synthetic text. "
+        '<span class="kept">Green ✓: kept by the filter.</span> <span class="dropped">Red ✗: dropped.</span> '
+        "Beside each: its matched probability.</p>\n"
         f"<main>\n{figures}\n</main>\n</body></html>\n"
     )
 

@@ -66,7 +66,7 @@ def tally(out: Path, units: Iterable[Unit], problems: Mapping[str, Problems], *,
     problems: of each source, what was left out when it was opened.
     """
     counts = {name: _Count() for name in PROVENANCES}
-    kinds = {kind: {"pictures": 0, "with_kept_text": 0, "unreadable": 0} for kind in problems}
+    kinds = {kind: {"pictures": 0, "with_kept_text": 0, "without_text": 0, "unreadable": 0} for kind in problems}
     unreadable: list[dict[str, str]] = []
     chosen: list[tuple[int, int, dict[str, Any]]] = []
     for unit in units:
@@ -76,6 +76,7 @@ def tally(out: Path, units: Iterable[Unit], problems: Mapping[str, Problems], *,
         unreadable += record["unreadable"][: max(0, EXAMPLES - len(unreadable))]
         for row in record["rows"]:
             kind["with_kept_text"] += any(text["kept"] for text in row["texts"])
+            kind["without_text"] += all(text["provenance"] == "synthetic" for text in row["texts"])
             for text in row["texts"]:
                 counts[text["provenance"]].add(text)
             if unit.kind == "web":
@@ -93,12 +94,15 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     """The report as tables."""
     lines = ["# CapFilt", ""]
     lines += _table(
-        ["pictures", "read", "unreadable", "with a kept text"],
+        ["pictures", "read", "unreadable", "came without a text", "with a kept text"],
         [
-            [kind, found["pictures"] - found["unreadable"], found["unreadable"], found["with_kept_text"]]
+            [
+                kind, found["pictures"] - found["unreadable"], found["unreadable"], found["without_text"],
+                found["with_kept_text"],
+            ]
             for kind, found in report["pictures"].items()
         ],
-    )
+    )  # fmt: skip
     lines += [""]
     lines += _table(
         ["texts", "all", "different", "kept", "kept, %", "mean ITM", "words", "repeated pairs, %"],

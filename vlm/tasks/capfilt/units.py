@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.images import decode_image
+from vlm.data.samples import clean_text
 from vlm.data.sources import Source
 from vlm.data.transforms import ImageTransform
 from vlm.errors import DataError
@@ -50,6 +51,7 @@ class Row:
     image: bytes
     """Encoded, as it will be written again."""
     texts: tuple[str, ...]
+    """None of a web picture that came with no text."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,9 @@ def find_units(sources: Mapping[str, Source], samples: int) -> list[Unit]:
 
 
 def found_texts(meta: Mapping[str, Any], web_field: str) -> tuple[str, ...]:
-    """The text in a sample's `web_field`, else its captions."""
+    """The text in a sample's `web_field`, else its captions; nothing where it came with neither."""
     text = meta.get(web_field) if web_field else None
-    return (text.strip(),) if isinstance(text, str) and text.strip() else tuple(meta["captions"])
+    return (clean_text(text),) if isinstance(text, str) and text.strip() else tuple(meta["captions"])
 
 
 def read_units(reading: Reading, units: Sequence[Unit]) -> Iterator[Pictures]:

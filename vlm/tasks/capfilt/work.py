@@ -118,8 +118,8 @@ class Worker:
 
 
 def open_sets(config: CapfiltConfig) -> dict[str, Source]:
-    """The sets by kind, ``web`` and ``human``."""
-    return {kind: open_source(getattr(config, kind)) for kind in KINDS}
+    """The sets by kind, ``web`` and ``human``; every web picture gets a caption, also one that came with no text."""
+    return {kind: open_source(getattr(config, kind), textless=kind == "web") for kind in KINDS}
 
 
 def keeps(config: CapfiltConfig, provenance: str, itm: float | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -13,8 +13,8 @@ from vlm.tasks.reproduce.short import tiny_config
 
 def recipe_values(stage: str, settings: Sequence[str], prepared: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a stage's `tiny` recipe by its name (``train.optim.lr``), and under ``prepared.`` what its start
-    and its data were made with; values as JSON gives them back."""
-    found = settings_of(tiny_config(stage, settings))
+    and its data were made with; values as JSON gives them back. What a recipe calls its model is no setting."""
+    found = settings_of(replace(tiny_config(stage, settings), name=""))
     for name, value in prepared.items():
         found |= settings_of(value, f"prepared.{name}")
     return found
