@@ -58,6 +58,14 @@ def test_a_missing_model_says_how_to_train_one(run: Run, bare: None, examples: P
     assert done.code == 2 and "vlm train clip" in done.err
 
 
+@pytest.mark.parametrize(("command", "stage"), [("ask", "blip2-llm"), ("chat", "blip2-llm"), ("caption", "blip")])
+def test_each_missing_default_names_its_stage(run: Run, bare: None, examples: Path, command: str, stage: str) -> None:
+    done = run(command, examples / "0.png", *(["what ?"] if command == "ask" else []))
+    name = "tiny-blip2" if stage == "blip2-llm" else "tiny-blip"
+    assert done.code == 2
+    assert f"{name} isn't in this checkout" in done.err and f"vlm train {stage} --config tiny" in done.err
+
+
 def test_export_to_our_own_and_back(run: Run, model: str, tmp_path: Path) -> None:
     done = run("export", "--model", model, "--to", "vlm", "--out", tmp_path / "copy")
     assert done.code == 0, done.err

@@ -185,6 +185,13 @@ def test_shards_without_samples_say_why(tmp_path: Path) -> None:
         ShardSource([str(path)])
 
 
+def test_a_damaged_shard_beside_a_good_one_isn_t_passed_over_as_empty(tmp_path: Path) -> None:
+    good = tar(tmp_path / "x-0.tar", [("a.png", picture()), ("a.txt", b"a cat")])
+    (tmp_path / "x-1.tar").write_bytes(good.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"x-1\.tar: no samples in these shards"):
+        open_source([str(good), str(tmp_path / "x-1.tar")])
+
+
 @pytest.mark.parametrize("content", [b"", bytes(10240), gzip.compress(b"")], ids=["no bytes", "no members", "gzip"])
 def test_an_empty_shard_among_others_is_told(tmp_path: Path, content: bytes) -> None:
     full, hollow = write(tmp_path / "x-{}.tar", 1)[0], tmp_path / "x-1.tar"

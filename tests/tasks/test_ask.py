@@ -128,5 +128,7 @@ def test_models_that_dont_answer_say_so() -> None:
         Asker(model()).rank(noise(1)[0], QUESTIONS, ["a", "b"])
     with pytest.raises(MissingVerbError, match="only stage 2"):
         Chat(colour_model(), noise(1)[0])
+    with pytest.raises(MissingVerbError, match="no encode_text; CLIP, ALBEF, BLIP and stage 1 of BLIP-2 can"):
+        model().encode_text(model().tokens(QUESTIONS))
     with pytest.raises(ConfigError, match="as it goes"):
         Chat(model(), noise(1)[0], GenerationConfig())

@@ -80,6 +80,17 @@ def test_names_that_would_fall_together_are_kept_apart():
         evaluate_captions(own, References("r", {"a.png": ["a cat"]}))
 
 
+def test_a_folders_captions_are_found_among_those_of_several():
+    """`vlm caption human web` writes the folders' names; `--data human` calls its pictures as they are in it."""
+    own = {f"{folder}/{key}": text for folder in ("human", "web") for key, text in OWN.items()}
+    report = evaluate_captions(own, References("human", TEXTS), draws=10)
+    assert report.figures["BLEU-1"].count == len(report.pictures) == len(TEXTS)
+    # A picture that has no caption there doesn't take that of another folder's picture of its name.
+    del own["human/a.png"]
+    with pytest.raises(DataError, match=r"a\.png"):
+        evaluate_captions(own, References("human", TEXTS), draws=10)
+
+
 def test_missing_predictions_are_named_skipped_or_count_as_empty():
     own = {key: text for key, text in OWN.items() if key != "b.png"} | {"z.png": "more"}
     with pytest.raises(DataError, match=r"1 of 4 pictures of texts have no caption, such as b.png"):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tasks.fused import IMAGE, TEXT, WORDS, fused_model, pair_model
+from tests.tasks.fused import IMAGE, TEXT, WORDS, fused_model, pair_model, qformer_model
 from tests.tasks.small import colour_model, noise, random_model
+from tests.tasks.test_ask import model as speaker
 from vlm.errors import ConfigError, DataError, MissingVerbError
 from vlm.models.clip import Clip
 from vlm.tasks import heat as task
 from vlm.tasks.explain import Explanation, explain, explanation_picture, overlay, scaled, word_places
-from vlm.tasks.heat import choose_method, grad_cam, heat, methods, rollout
+from vlm.tasks.heat import choose_method, grad_cam, heat, methods, query_attention, rollout
 from vlm.weights.loaded import VisionLanguageModel
 
 TEXT_OF = "a big rhinoceros runs"
@@ -93,6 +94,37 @@ def test_grad_cam_is_the_gradient_by_differences() -> None:
             slope = (logit(step) - logit(-step)) / 2e-5
             expected += max(0.0, slope) * weights[0, head, place[0], place[1]].item() / 2
         assert found[place].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("model", [qformer_model(), speaker()], ids=["first step", "second step"])
+def test_queries_look_where_their_keys_say(model: VisionLanguageModel) -> None:
+    """Worked out from what went into the layer; nothing of the model stays changed."""
+    network: Any = model.network
+    pixels = model.pixels(noise(2))[1:]
+    crosses = [one.cross_attn for one in network.qformer.text.layers if one.cross_attn is not None]
+    before = network.qformer.queries(network.look(pixels))
+    found = [query_attention(model, pixels, layer=number + 1) for number in range(len(crosses))]
+    given: list[torch.Tensor] = []
+    for cross, shares in zip(crosses, found, strict=True):
+        hook = cross.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        torch.testing.assert_close(network.qformer.queries(network.look(pixels)), before)
+        hook.remove()
+        width = cross.q.out_features
+        queries, keys = cross.q(given[-1])[0], cross.kv(network.look(pixels))[0, :, :width]  # (Q, D), (N, D)
+        heads = zip(queries.chunk(cross.heads, dim=1), keys.chunk(cross.heads, dim=1), strict=True)
+        each = [(q @ k.T / q.shape[1] ** 0.5).softmax(dim=1) for q, k in heads]
+        torch.testing.assert_close(shares, torch.stack(each).mean(dim=0)[:, 1:].reshape(shares.shape))
+        assert not cross._forward_hooks
+    side = network.image.config.image_size // network.image.config.patch_size
+    assert found[0].shape == (3, side, side) and not torch.allclose(found[0][0], found[0][1])
+    assert torch.equal(query_attention(model, pixels), found[(len(crosses) - 1) // 2])
+    with pytest.raises(ConfigError, match=f"the fusion layers are 1 to {len(crosses)}"):
+        query_attention(model, pixels, layer=len(crosses) + 1)
+
+
+def test_only_queries_look_by_themselves() -> None:
+    with pytest.raises(MissingVerbError, match="random is a clip model; only BLIP-2's queries"):
+        query_attention(random_model(), random_model().pixels(noise(1)))
 
 
 def test_layers_differ_and_are_bounded() -> None:

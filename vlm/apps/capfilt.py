@@ -102,7 +102,7 @@ def run(options: CapfiltOptions) -> None:
             result = run_capfilt(
                 config, options.out, here, how=how, pretrain=options.train, evaluation=evaluation, progress=told
             )
-    _tell(result, options.out)
+    _tell(result, options)
 
 
 def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
@@ -122,7 +122,8 @@ def _settings(options: CapfiltOptions) -> tuple[Any, Any]:
     return config, Execution(**{name: getattr(options, name) for name in execution})
 
 
-def _tell(result: Result, out: Path) -> None:
+def _tell(result: Result, options: CapfiltOptions) -> None:
+    out = options.out
     for name, found in result.report["texts"].items():
         typer.echo(f"{name}: kept {found['kept']} of {counted(found['texts'], 'text')}")
     bare = result.report["pictures"]["web"]["without_text"]
@@ -136,7 +137,8 @@ def _tell(result: Result, out: Path) -> None:
     if result.model is not None:
         typer.echo(f"the new model is in {result.model}")
     else:
-        command = ["vlm", "train", "blip", "--data", str(result.data), "--out", str(out / "pretrained")]
+        command = ["vlm", "train", "blip", "--config", options.config, "--data", str(result.data)]
+        command += ["--out", str(out / "pretrained"), *(options.pretrain or ())]
         typer.echo(f"train a new model on it: {shlex.join(command)}")
     lost = sum(found["unreadable"] for found in result.report["pictures"].values())
     if lost:

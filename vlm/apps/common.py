@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "tiny-clip"
 DEFAULT_CAPTIONER = "tiny-blip"
 DEFAULT_SPEAKER = "tiny-blip2"
+STAGES = {DEFAULT_MODEL: "clip", DEFAULT_CAPTIONER: "blip", DEFAULT_SPEAKER: "blip2-llm"}
+"""What `vlm train` calls the stage of each."""
 Model = Annotated[str, typer.Option("--model", "-m", help="Shipped name, folder, repo id, open_clip:ARCH/TAG, file.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Templates = Annotated[
@@ -39,11 +41,10 @@ def load_model(name: str, device: str, *, llm: str = "", image: Path | None = No
     from vlm.weights.load import load
     from vlm.weights.shipped import shipped
 
-    ours = (DEFAULT_MODEL, DEFAULT_CAPTIONER, DEFAULT_SPEAKER)
-    if name in ours and not Path(name).exists() and name not in shipped():
-        stage = name.removeprefix("tiny-")
+    if name in STAGES and not Path(name).exists() and name not in shipped():
+        command = f"vlm train {STAGES[name]} --config tiny --out runs/{name}"
         raise WeightsError(
-            f"{name} isn't in this checkout; train it with `vlm train {stage} --config tiny --out runs/{name}` and "
+            f"{name} isn't in this checkout; train it with `{command}` and "
             f"give `--model runs/{name}`, or name another model (`vlm models` says which)"
         )
     return load(name, device=pick_device(device), llm=llm, image=image)

@@ -65,7 +65,8 @@ class ShardSource:
         self.problems.log(self.name)
         if not self.keys:
             found = f" ({self.problems.summary()})" if self.problems.total else ""
-            raise DataError(f"{self.name}: no samples in these shards{found}", reason=EMPTY)
+            only = EMPTY if set(self.problems.counts) <= {EMPTY} else ""  # what is lost by damage isn't passed over
+            raise DataError(f"{self.name}: no samples in these shards{found}", reason=only)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -147,6 +148,8 @@ class ShardPicture:
 def shard_pictures(place: str) -> list[ShardPicture]:
     """All pictures of a shard in their order, also those without a text. Raises DataError for what is no tar."""
     local = local_tar(place).path
+    if local.is_file() and not local.stat().st_size:
+        return []  # as where shards are read for training
     try:
         with tarfile.open(local, "r:") as tar:
             members = [one for one in tar if one.isfile() and Path(one.name).suffix.lower() in SUFFIXES]

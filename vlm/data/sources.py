@@ -66,7 +66,7 @@ class FileSource:
         problems.log(name)
         if not rows:
             found = f" ({problems.summary()})" if problems.total else ""
-            raise DataError(f"{name}: no picture with a text there{found}; expected {ACCEPTED}")
+            raise DataError(f"{name}: no usable picture there{found}; expected {ACCEPTED}")
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -122,7 +122,8 @@ def evaluate_captions(
 ) -> CaptionReport:
     """BLEU-1 to 4, ROUGE-L and CIDEr-D of captions, with 95 % bootstrap intervals.
 
-    Names are matched as they are, else as in a shard (``SHARD.tar:KEY.png``) with or without ending, else as file
+    Names are matched behind the references' own name where some stand so (``FOLDER/cat.png`` for a folder's
+    ``cat.png``), else as they are, else as in a shard (``SHARD.tar:KEY.png``) with or without ending, else as file
     names with or without ending: by the first of these that matches the most pictures and tells all apart.
     CIDEr-D's weights are those of the pictures that are scored, also inside the bootstrap; it is left out for a
     single picture.
@@ -207,7 +208,11 @@ _NAMINGS: tuple[Callable[[str], str], ...] = (
 
 def _match(predictions: Mapping[str, str], references: References) -> dict[str, str]:
     """Captions by the references' names."""
-    found: dict[str, str] = {}
+    # A folder's pictures have the names that they have in it.
+    inside = {f"{references.name}/{key}": key for key in references.captions}
+    found = {key: predictions[name] for name, key in inside.items() if name in predictions}
+    if found:
+        return found  # a looser naming could take another folder's picture
     for plain in _NAMINGS:
         theirs = {plain(key): key for key in references.captions}
         ours = {plain(key): text for key, text in predictions.items()}

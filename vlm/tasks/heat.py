@@ -107,19 +107,37 @@ def heat(
     else:
         found = rollout(network, pixels, tokens if method == "relevance" else None)  # (T or 1, N)
         found = found.expand(len(tokens["input_ids"]), -1)
-    patch = network.image.config.patch_size
-    rows, columns = (side // patch for side in pixels.shape[-2:])
-    return found.detach().float()[:, 1:].unflatten(1, (rows, columns))  # [CLS] is no place
+    return _placed(found, network, pixels)
+
+
+@torch.no_grad()
+def query_attention(model: VisionLanguageModel, pixels: Tensor, *, layer: int = MIDDLE) -> Tensor:
+    """Where each query of a Q-Former looks: its cross-attention, meaned over heads (BLIP-2 §3.1).
+
+    Args:
+        model: either step of BLIP-2, from `vlm.load`.
+        pixels: (1, 3, H, W) of one picture.
+        layer: of those that look at the image, from 1; `MIDDLE` for the middle one.
+
+    Returns:
+        (Q, h, w) shares; what is missing to 1 goes to the image's first state, [CLS].
+
+    Raises:
+        ConfigError: for a layer that isn't there.
+        MissingVerbError: when the model has no Q-Former, or one that reads a picture for a text.
+    """
+    network: Any = model.network
+    if not hasattr(network, "qformer") or network.qformer.config.instructed:
+        raise MissingVerbError(f"{model.name} is {model.kind}; only BLIP-2's queries look at a picture by themselves")
+    chosen = _cross(network.qformer.text.layers, layer)
+    with _cross_attention(chosen) as maps:
+        network.qformer.queries(network.look(pixels))
+    return _placed(maps[0][0].mean(dim=0), network, pixels)
 
 
 def grad_cam(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor], *, layer: int = MIDDLE) -> Tensor:
     """(L, N): relu of the matched logit's gradient, times the cross-attention, meaned over heads."""
-    crosses = [found.cross_attn for found in network.text.layers if found.cross_attn is not None]
-    if not 0 <= layer <= len(crosses):
-        raise ConfigError(
-            f"layer {layer} doesn't exist; the fusion layers are 1 to {len(crosses)}, {MIDDLE} the middle"
-        )
-    chosen = crosses[(layer or (len(crosses) + 1) // 2) - 1]
+    chosen = _cross(network.text.layers, layer)
     with torch.enable_grad(), _cross_attention(chosen) as maps:
         image, text = network.image_states(pixels).states, network.text_states(tokens)
         logits = network.match_states(text.states, text.mask, network.image_keys_values(image))  # (1, 2)
@@ -172,6 +190,23 @@ def rollout(network: Any, pixels: Tensor, tokens: Mapping[str, Tensor] | None = 
             gradients = torch.autograd.grad(similarity, maps, retain_graph=True)
             found.append(_pooled(network, _flow(maps, gradients)))
     return torch.cat(found)
+
+
+def _cross(layers: Iterable[Any], layer: int) -> Attention:
+    """The cross-attention of one of the layers that have it, counted from 1. Raises ConfigError if there is none."""
+    crosses: list[Attention] = [found.cross_attn for found in layers if found.cross_attn is not None]
+    if not 0 <= layer <= len(crosses):
+        raise ConfigError(
+            f"layer {layer} doesn't exist; the fusion layers are 1 to {len(crosses)}, {MIDDLE} the middle"
+        )
+    return crosses[(layer or (len(crosses) + 1) // 2) - 1]
+
+
+def _placed(found: Tensor, network: Any, pixels: Tensor) -> Tensor:
+    """Maps (M, N) over an image's states as (M, h, w) over its patches."""
+    patch = network.image.config.patch_size
+    rows, columns = (side // patch for side in pixels.shape[-2:])
+    return found.detach().float()[:, 1:].unflatten(1, (rows, columns))  # [CLS] is no place
 
 
 def _joint(network: Any) -> bool:

@@ -23,10 +23,10 @@ from vlm.weights.say import say
 from vlm.weights.shipped import base_of
 
 STAGES = {
-    "encode_image": "CLIP, ALBEF, BLIP and BLIP-2",
-    "encode_text": "CLIP, ALBEF, BLIP and BLIP-2",
-    "similarity": "CLIP, ALBEF, BLIP and BLIP-2",
-    "match": "ViLT, ALBEF, BLIP and BLIP-2",
+    "encode_image": "CLIP, ALBEF, BLIP and stage 1 of BLIP-2",
+    "encode_text": "CLIP, ALBEF, BLIP and stage 1 of BLIP-2",
+    "similarity": "CLIP, ALBEF, BLIP and stage 1 of BLIP-2",
+    "match": "ViLT, ALBEF, BLIP and stage 1 of BLIP-2",
     "mlm_logits": "ViLT and ALBEF",
     "lm_logits": "BLIP and BLIP-2",
     "generate": "BLIP and BLIP-2",

@@ -179,6 +179,11 @@ def test_a_folder_that_isnt_finished_is_refused(folder: Path, done: Path, tmp_pa
     with pytest.raises(ConfigError, match="can't take texts from itself"):
         run(taking(folder, done), done)
     assert not (out / "capfilt.json").exists()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "cat.png").write_bytes(b"a picture")
+    with pytest.raises(ConfigError, match=r"own: holds other files \(such as cat\.png\) and no CapFilt"):
+        run(taking(folder, done), tmp_path / "own")
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["cat.png"]
     shutil.copytree(done, tmp_path / "torn")
     (tmp_path / "torn" / "judged" / "web-00001.json").write_text("{")
     with pytest.raises(DataError, match=r"web-00001\.json: can't be read .* delete it"):

@@ -11,7 +11,18 @@ from vlm.errors import ConfigError, DataError
 from vlm.tasks.capfilt.identity import differences, noted
 from vlm.tasks.capfilt.settings import CapfiltConfig
 from vlm.tasks.capfilt.units import MEND, Row, Unit
-from vlm.tasks.capfilt.work import EXCHANGED, Job, Judged, Text, keeps, open_sets, read_record, record_path, write_unit
+from vlm.tasks.capfilt.work import (
+    BEGUN,
+    EXCHANGED,
+    Job,
+    Judged,
+    Text,
+    keeps,
+    open_sets,
+    read_record,
+    record_path,
+    write_unit,
+)
 
 FREE = ("synthetic", "filtering", "threshold")
 """Settings that may be others than the earlier folder's."""
@@ -68,7 +79,7 @@ def check_earlier(
     which names what is missing of a folder that isn't finished.
     """
     folder = Path(config.judged)
-    before = noted(folder / "capfilt.json", advice=ADVICE)
+    before = noted(folder / BEGUN, advice=ADVICE)
     if config.synthetic and not before.get("settings", {}).get("synthetic"):
         raise ConfigError(
             f"{folder}: no synthetic texts were written there; take them off here too, or take texts from elsewhere"

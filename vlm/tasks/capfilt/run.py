@@ -23,7 +23,7 @@ from vlm.tasks.capfilt.reuse import check_earlier
 from vlm.tasks.capfilt.settings import CapfiltConfig, Execution
 from vlm.tasks.capfilt.training import HEADS, Evaluation, Part, pretraining, train_once, tuning
 from vlm.tasks.capfilt.units import Unit, find_units
-from vlm.tasks.capfilt.work import DATA, EXCHANGED, JUDGED, Job, open_sets, record_path
+from vlm.tasks.capfilt.work import BEGUN, DATA, EXCHANGED, JUDGED, Job, open_sets, record_path
 from vlm.train.distributed import Ranks
 from vlm.train.run import RunConfig
 from vlm.weights.files import CONFIG
@@ -82,7 +82,8 @@ def run_capfilt(
         progress: told of each shard.
 
     Raises:
-        ConfigError: a setting, a set or weights are others than when `out` was begun, each named.
+        ConfigError: a setting, a set or weights are others than when `out` was begun, each named; or `out` holds other
+            files.
         MissingVerbError: a model lacks the head, which is named.
         DataError: another process works in `out`, or `config.judged` isn't finished; and like WeightsError and
             TrainingError as the message says.
@@ -94,6 +95,7 @@ def run_capfilt(
     new = pretraining(config, out / DATA) if pretrain else None  # a wrong setting shows before the work
     if config.judged and Path(config.judged).resolve() == out.resolve():
         raise ConfigError(f"{out}: can't take texts from itself; choose another folder, or leave capfilt.judged out")
+    _check_out(out)
     sources = open_sets(config)
     with held_alone(out):
         _sweep(out)
@@ -127,6 +129,18 @@ class _Start:
     """What the folder's content depends on, as far as it is named."""
 
 
+def _check_out(out: Path) -> None:
+    """Raises ConfigError for a folder of something else, such as one of the sets."""
+    try:
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return  # not there yet, or nothing can be written there, which is told where that is tried
+    if names and BEGUN not in names:
+        raise ConfigError(
+            f"{out}: holds other files (such as {names[0]}) and no CapFilt that was begun; choose a new or empty folder"
+        )
+
+
 def _begin(config: CapfiltConfig, out: Path, sources: dict[str, Source]) -> _Start:
     """Look at all that was named; nothing is written, so that a refusal leaves the folder free for other settings."""
     wanted: dict[Part, str] = {"captioner": config.captioner, "filter": config.judge}
@@ -155,7 +169,7 @@ def _tune(
     config: CapfiltConfig, out: Path, start: _Start, here: Ranks, evaluation: Evaluation | None
 ) -> tuple[str, str]:
     """Step 1: folders of captioner (empty where none is wanted) and filter, made here unless they were given."""
-    settle(out / "capfilt.json", start.began, what="this CapFilt")
+    settle(out / BEGUN, start.began, what="this CapFilt")
     if start.runs and not (out / START / CONFIG).is_file():
         start.models[next(iter(start.runs))].save(out / START)
     made = {part: str(train_once(run, out / part, here, evaluation)) for part, run in start.runs.items()}
@@ -171,7 +185,7 @@ def _take(config: CapfiltConfig, out: Path, start: _Start, units: list[Unit]) ->
         part: weights_digest(start.models[part].network) for part, name in start.wanted.items() if name
     }
     models = check_earlier(config, start.began, given, units)
-    settle(out / "capfilt.json", start.began, what="this CapFilt")
+    settle(out / BEGUN, start.began, what="this CapFilt")
     settle(out / "models.json", {part: models.get(part) for part in start.wanted}, what="the texts")
     if not (out / EXCHANGED).is_file():
         write_text(out / EXCHANGED, (Path(config.judged) / EXCHANGED).read_text("utf-8"))

@@ -78,7 +78,8 @@ class CapfiltConfig:
         missing = [name for name in (["captioner"] if self.synthetic else []) + ["judge"] if not getattr(self, name)]
         if missing and not self.model and not self.judged:
             raise ConfigError(
-                f"capfilt.model: name the pre-trained MED that {' and '.join(missing)} are made of, or give them"
+                f"capfilt.model (--model): name the pre-trained MED that {' and '.join(missing)} are made of, or give "
+                "them (--captioner, --filter)"
             )
 
 

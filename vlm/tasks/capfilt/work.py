@@ -21,6 +21,8 @@ from vlm.tasks.capfilt.units import KINDS, Pictures, Reading, Row, Unit, read_un
 from vlm.tasks.caption import Captioner
 from vlm.weights.load import load
 
+BEGUN = "capfilt.json"
+"""What a folder was begun with."""
 DATA, JUDGED, EXCHANGED = "data", "judged", "exchanged.json"
 """Of a folder: the shards, the records, and the filter's scores of exchanged texts."""
 TEXT_FIELDS = ("captions", "caption", "text", "title", "web", "tags", "name", "description")
