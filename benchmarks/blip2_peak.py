@@ -127,7 +127,7 @@ def apart(case: Case, words: Sequence[str], limit: float) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), *words, "--run", json.dumps(asdict(case))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and ("allocate memory" in done.stderr or "MemoryError" in done.stderr):
-        return {"not_run": f"not run to its end: it takes more than the {limit:g} GB allowed"}
+        return {"not_run": f"not run to its end: building or running it takes more than the {limit:g} GB allowed"}
     if done.returncode:
         raise SystemExit(f"{case}: measuring failed\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -140,6 +140,16 @@ def test_capfilt_is_as_fast_as_it_should_be() -> None:
     assert values["ratio"]["median"] >= 1.5 and values["largest_difference_of_scores"] < 1e-4
 
 
+def test_memory_is_what_is_counted() -> None:
+    """A caption of `base` in fp32 or bf16 takes it; whatever was measured takes nearly that at least."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "blip2_peak.json").read_text("utf-8"))["rows"]
+    measured = [row for row in rows if "peak_mb" in row]
+    taken = [(row["peak_mb"] - row["imports_mb"]) * 1e6 / row["counted_bytes"] for row in measured]
+    assert min(taken) > 0.97
+    said = {(row["recipe"], row["act"], row["weights"]): more for row, more in zip(measured, taken, strict=True)}
+    assert said["base", "run", ""] < 1.02 and said["base", "run", "bf16"] < 1.02
+
+
 def test_card_quotes_the_same_figures() -> None:
     card = CARD.read_text("utf-8")
     rows = (ROOT / "benchmarks" / "results" / "tiny-clip.md").read_text("utf-8").splitlines()

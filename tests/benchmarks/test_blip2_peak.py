@@ -101,7 +101,8 @@ def test_a_process_that_passes_the_limit_is_told_of(bench: ModuleType, monkeypat
     failed = SimpleNamespace(returncode=1, stdout="", stderr="DefaultCPUAllocator: can't allocate memory: you tried")
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: failed)
     case = bench.Case("base", "blip2", "run")
-    assert bench.apart(case, [], 15.0) == {"not_run": "not run to its end: it takes more than the 15 GB allowed"}
+    told = "not run to its end: building or running it takes more than the 15 GB allowed"
+    assert bench.apart(case, [], 15.0) == {"not_run": told}
     failed.stderr = "something else"
     with pytest.raises(SystemExit, match="something else"):
         bench.apart(case, [], 15.0)
