@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, median_interval, timed, versions, write_results
+from measure import listed, machine, median_interval, timed, versions, write_results
 from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -203,9 +203,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{100 * coverage:.0f} % intervals. Random weights; every text has its full length. On a CPU linear layers of "
         "vlm are laid out for oneDNN, as `vlm caption` does once when it has loaded the model.",
         "",
-        f"{result['machine']}, {result['threads']} threads; "
-        + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-        + ".",
+        f"{result['machine']}, {result['threads']} threads; " + listed(result["versions"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import versions, write_results
+from measure import listed, versions, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "blip2_memory"
@@ -201,7 +201,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "trained number (fp32 weight, gradient and AdamW's moments); activations come on top and grow with the batch. "
         f"The cache holds {TEXT} tokens behind the queries in bf16.",
         "",
-        ", ".join(f"{name} {value}" for name, value in result["versions"].items()) + ".",
+        listed(result["versions"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2_shapes import LLM_OF, NEW_TOKENS, Case, count, train, write
-from measure import give_back, held_mb, machine, peak_mb, reset_peak, versions, write_results
+from measure import give_back, held_mb, listed, machine, peak_mb, reset_peak, versions, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "blip2_peak"
@@ -151,9 +151,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, float]:
     with act(case, options.device) as once:
         give_back()  # what making it took besides
         before = held_mb(options.device)
-        if options.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-        elif not reset_peak():
+        if not reset_peak(options.device):
             raise SystemExit("/proc/self/clear_refs can't be written: peaks are measured on Linux")
         once()
     return {"imports_mb": imports, "before_mb": before, "peak_mb": peak_mb(options.device)}
@@ -199,9 +197,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"({', '.join(f'`{recipe}`: {name}' for recipe, name in LLM_OF.items())}), made in place, so that loading "
         f"isn't in it. What needs more than {result['limit_gb']:g} GB, {SPARE:g} of it beside the counted, isn't run.",
         "",
-        f"{result['machine']}, threads: {result['threads']}; "
-        + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-        + ".",
+        f"{result['machine']}, threads: {result['threads']}; " + listed(result["versions"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 

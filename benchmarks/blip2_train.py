@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import machine, median_interval, peak_mb, reset_peak, timed, versions, write_results
+from measure import listed, machine, median_interval, peak_mb, reset_peak, timed, versions, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES = ("blip2", "blip2-llm")
@@ -83,10 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     network, batches, optimizer, context = prepare(options, stage, kind)
     before = peak_mb(options.device)
-    if options.device == "cpu":
-        reset_peak()
-    else:
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak(options.device)
     losses: list[float] = []
 
     def step(number: int) -> None:
@@ -208,7 +205,7 @@ def markdown(result: dict[str, Any]) -> str:
         "are the texts' own, without the visual prompt. The peak is that of the process while it trains (of the "
         "allocated tensors on a GPU); parameters in int8 are not counted as such.",
         "",
-        f"{result['machine']}; " + ", ".join(f"{name} {value}" for name, value in result["versions"].items()) + ".",
+        f"{result['machine']}; " + listed(result["versions"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from generate import SIZES, make_weights
-from measure import machine, median_interval, versions, write_results
+from measure import listed, machine, median_interval, versions, write_results
 from PIL import Image
 
 from vlm.data.shards import ShardWriter
@@ -216,7 +216,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"probabilities differed by {result['largest_difference_of_scores']:.1e} at most.",
         "",
         f"Random weights, batches of {result['batch']}. {result['machine']}, {result['threads']} threads; "
-        + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+        + listed(result["versions"])
         + ".",
     ]
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, median_interval, peak_mb, reset_peak, versions, write_results
+from measure import listed, machine, median_interval, peak_mb, reset_peak, versions, write_results
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -249,7 +249,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Highest memory of a process of its own while it searches: {'; '.join(memory)}.",
         "",
         f"Random weights; every text has its full length. {result['machine']}, {result['threads']} threads; "
-        + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+        + listed(result["versions"])
         + ".",
     ]
     return "\n".join(lines) + "\n"

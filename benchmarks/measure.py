@@ -11,7 +11,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,13 @@ def held_mb(device: str) -> float:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) * 1024 / 1e6
 
 
-def reset_peak() -> bool:
+def reset_peak(device: str = "cpu") -> bool:
     """Let `peak_mb` of this process begin anew; false where the system can't."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -70,6 +75,11 @@ def timed(step: Callable[[int], None], numbers: Sequence[int], device: str) -> f
     if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def listed(versions: Mapping[str, str]) -> str:
+    """What `versions` gives in words, such as ``torch 2.14.1, timm 1.0.31``."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def versions(*distributions: str) -> dict[str, str]:

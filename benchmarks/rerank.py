@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import machine, median_interval, timed, versions, write_results
+from measure import listed, machine, median_interval, timed, versions, write_results
 from torch import Tensor
 
 from vlm.data.batch import Tokens
@@ -224,7 +224,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"ALBEF at {result['pixels']['albef']} pixels, ViLT at {result['pixels']['vilt']}; random weights; captions of "
         f"{result['tokens']:.1f} tokens. {result['machine']}, {result['threads']} threads; "
-        + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+        + listed(result["versions"])
         + ".",
     ]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from load import Outcome, ask, run_clients
-from measure import machine, median_interval, versions, write_results
+from measure import listed, machine, median_interval, versions, write_results
 from serve_sides import SIDE, Server, label_set, make_folder, our_server, peer_server, requests_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -220,8 +220,8 @@ def load_page(result: dict[str, Any]) -> str:
 
 def about(result: dict[str, Any]) -> str:
     """Machine and versions in a line."""
-    listed = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    return f"{result['machine']}; pictures of {result['picture_side']} x {result['picture_side']} pixels; {listed}."
+    side = result["picture_side"]
+    return f"{result['machine']}; pictures of {side} x {side} pixels; {listed(result['versions'])}."
 
 
 if __name__ == "__main__":

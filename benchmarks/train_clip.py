@@ -29,7 +29,7 @@ from clip_sides import (
     our_network,
     our_side,
 )
-from measure import machine, median_interval, peak_mb, timed, versions, write_results
+from measure import listed, machine, median_interval, peak_mb, timed, versions, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -178,9 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['steps_of_a_round']} steps; {100 * ratio['coverage']:.0f} % interval {ratio['low']:.2f} to "
         f"{ratio['high']:.2f}). A caption has {tokens['real']:.1f} real tokens on average.",
         "",
-        f"{result['machine']}, {result['threads']} threads; "
-        + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-        + ".",
+        f"{result['machine']}, {result['threads']} threads; " + listed(result["versions"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 
