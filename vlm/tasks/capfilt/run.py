@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.data.sources import Source, open_source
-from vlm.errors import ConfigError
+from vlm.errors import ConfigError, DataError
 from vlm.files import held_alone, write_text
 from vlm.models.blip import BlipConfig
 from vlm.tasks.capfilt.check import Exchanged, score_exchanged
@@ -131,10 +131,12 @@ class _Start:
 
 def _check_out(out: Path) -> None:
     """Raises ConfigError for a folder of something else, such as one of the sets."""
+    if not out.is_dir():
+        return
     try:
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    except OSError:
-        return  # not there yet, or nothing can be written there, which is told where that is tried
+    except OSError as problem:
+        raise DataError(f"{out}: can't be read ({problem.strerror or problem}); choose another folder") from problem
     if names and BEGUN not in names:
         raise ConfigError(
             f"{out}: holds other files (such as {names[0]}) and no CapFilt that was begun; choose a new or empty folder"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def reproduce_blip2(
     found = run_grid(
         SECOND, cells(sizes), seeds=seeds, recipe=recipe, out=out / "models",
         prepare=lambda cell, seed: _prepare(out, cell, seed, stage1, device),
-        prepared={"stage1": replace(before, name=""), "measured": measured},
+        prepared={"stage1": before, "measured": measured},
         measure=lambda run: measure(run, device, sizes.captioned),
         known=[one for one in known if not one.get(REFERENCE)],
         after=None if after is None else lambda results: after([*results, *beside]), device=device,

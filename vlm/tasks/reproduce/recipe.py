@@ -9,15 +9,21 @@ from itertools import zip_longest
 from typing import Any
 
 from vlm.tasks.reproduce.short import tiny_config
+from vlm.train.run import RunConfig
 
 
 def recipe_values(stage: str, settings: Sequence[str], prepared: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a stage's `tiny` recipe by its name (``train.optim.lr``), and under ``prepared.`` what its start
     and its data were made with; values as JSON gives them back. What a recipe calls its model is no setting."""
-    found = settings_of(replace(tiny_config(stage, settings), name=""))
+    found = settings_of(_nameless(tiny_config(stage, settings)))
     for name, value in prepared.items():
-        found |= settings_of(value, f"prepared.{name}")
+        found |= settings_of(_nameless(value), f"prepared.{name}")
     return found
+
+
+def _nameless(value: Any) -> Any:
+    """A recipe without what it calls its model; any other value as it is."""
+    return replace(value, name="") if isinstance(value, RunConfig) else value
 
 
 def settings_of(value: Any, name: str = "") -> dict[str, Any]:
