@@ -99,6 +99,8 @@ def make_weights(preset: str, folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
+        # Words that outweigh what the layers add: a random network else says one word for ever.
+        model.get_input_embeddings().weight.mul_(50)
     model.save_pretrained(folder)
     words = {str(number): number for number in range(count)}
     Tokenizer(models.WordLevel(words, unk_token=str(PAD))).save(str(folder / "tokenizer.json"))

@@ -47,9 +47,14 @@ def inner(kind: str, seed: int = 0) -> nn.Module:
     return made.eval()
 
 
+FIRST = " with its start first"
+
+
 def language_model(kind: str, seed: int = 0) -> LanguageModel:
-    """The same behind our interface."""
-    return LanguageModel(inner(kind, seed), end_id=END)
+    """The same behind our interface; with `FIRST` at the end of its kind, it reads the start before the image."""
+    model = LanguageModel(inner(kind.removesuffix(FIRST), seed), end_id=END)
+    model.start_first = kind.endswith(FIRST)
+    return model
 
 
 def visual_prompt(rows: int, seed: int = 1) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models.small_llm import END, WORDS, language_model, stage, texts
+from tests.models.small_llm import END, FIRST, WORDS, language_model, stage, texts
 from vlm.data.batch import Batch, Tokens
 from vlm.errors import ConfigError
 from vlm.models.blip2_llm import Blip2Llm, LlmConfig
@@ -122,6 +122,22 @@ def test_settings_that_cant_be_are_refused(settings: dict[str, Any], said: str) 
         network = Blip2Llm(config)
         network.attach(language_model("llama"))
         network.adapt()
+
+
+def test_the_start_stands_where_the_setting_says() -> None:
+    network = stage()
+    first = Blip2Llm(replace(network.config, llm=LlmConfig(width=32, start_first=True)))
+    first.load_state_dict(network.state_dict())
+    first.attach(language_model("llama"))
+    rows = batch([5, 6])
+    wanted = language_model("llama" + FIRST).logits(
+        network.visual_prompt(rows.pixels), rows.tokens["input_ids"], rows.tokens["attention_mask"]
+    )
+    found = first.lm_logits(rows.pixels, rows.tokens)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, network.lm_logits(rows.pixels, rows.tokens), atol=1e-2)
+    with pytest.raises(ConfigError, match="llm.start_first: smollm2 is a seq2seq model"):
+        first.attach(language_model("t5"))
 
 
 def test_words_in_its_qformer_are_refused() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.small_llm import END, START, WORDS, inner, language_model, texts, visual_prompt
+from tests.models.small_llm import END, FIRST, START, WORDS, inner, language_model, texts, visual_prompt
 from vlm.generate import GenerationConfig, generate
 
 CAUSAL = ["llama", "opt"]
-ALL = [*CAUSAL, "t5"]
+ALL = [*CAUSAL, "llama" + FIRST, "t5"]
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -24,6 +24,16 @@ def test_causal_logits_are_those_of_the_model_itself(kind: str) -> None:
     model, visual = language_model(kind), visual_prompt(1)
     ids, mask = texts([5])
     whole = torch.cat([visual, model.embed(ids)], dim=1)
+    close(model.logits(visual, ids, mask), inner(kind)(inputs_embeds=whole).logits[:, 3:])
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_start_that_stands_first_is_read_before_the_image(kind: str) -> None:
+    model, visual = language_model(kind + FIRST), visual_prompt(1)
+    ids, mask = texts([5])
+    words = model.embed(ids)
+    whole = torch.cat([words[:, :1], visual, words[:, 1:]], dim=1)  # start, 3 of the image, 4 more of the text
+    # What the image's last one says is the text's second token, the one after its start.
     close(model.logits(visual, ids, mask), inner(kind)(inputs_embeds=whole).logits[:, 3:])
 
 
@@ -78,7 +88,7 @@ def test_reordered_rows_go_on_as_those_they_are_copies_of(kind: str) -> None:
 @pytest.mark.parametrize("search", [{"strategy": "greedy"}, {"strategy": "beam", "beams": 3}])
 @pytest.mark.parametrize("kind", ALL)
 def test_search_says_what_transformers_says(kind: str, search: dict[str, Any]) -> None:
-    model, theirs, visual = language_model(kind), inner(kind), visual_prompt(2)
+    model, theirs, visual = language_model(kind), inner(kind.removesuffix(FIRST)), visual_prompt(2)
     ids, mask = texts([4, 4])
 
     def step(tokens: torch.Tensor, held: Any) -> torch.Tensor:
@@ -90,7 +100,8 @@ def test_search_says_what_transformers_says(kind: str, search: dict[str, Any]) -
     config = GenerationConfig(**search, max_new_tokens=8)
     found = generate(step, model.begin(visual, ids, mask), prompt, config, end_id=END, pad_id=0)
     given = torch.cat([ids[:, 1:], torch.full((2, 1), END)], dim=1) if kind == "t5" else ids
-    read = torch.cat([visual, model.embed(given)], dim=1)
+    words, before = model.embed(given), int(kind.endswith(FIRST))
+    read = torch.cat([words[:, :before], visual, words[:, before:]], dim=1)
     expected = theirs.generate(
         inputs_embeds=read, attention_mask=torch.ones(read.shape[:2]), num_beams=search.get("beams", 1),
         do_sample=False, max_new_tokens=8,

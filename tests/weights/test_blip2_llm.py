@@ -325,3 +325,13 @@ def test_what_doesn_t_fit_is_named(tmp_path, change, message):
     torch.save({"model": {k: v for k, v in tensors.items() if v is not None}}, tmp_path / "stage2.pth")
     with pytest.raises(WeightsError, match=message):
         vlm.load(tmp_path / "stage2.pth", llm=str(tmp_path))
+
+
+@pytest.mark.parametrize("write", [export_hf, export_official])
+def test_texts_that_start_before_the_image_are_only_our_own(tmp_path, write):
+    (tmp_path / "llm").mkdir()
+    network = stage()
+    network.config = replace(network.config, llm=replace(network.config.llm, start_first=True))
+    with pytest.raises(WeightsError, match=r"its texts start before the visual prompt \(llm\.start_first\)"):
+        write(wrapped(network, tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

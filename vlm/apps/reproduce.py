@@ -83,7 +83,7 @@ def blip(
 def blip2(
     out: Runs = Path("runs/reproduce-blip2"),
     seeds: Seeds = "0,1,2",
-    steps: Annotated[str, typer.Option(help="Optimiser steps of stage 1 and of stage 2.")] = "200,60",
+    steps: Annotated[str, typer.Option(help="Optimiser steps of stage 1 and of stage 2.")] = "200,200",
     batch: Annotated[str, typer.Option(help="Samples of a step of stage 1 and of stage 2.")] = "64,64",
     captioned: Annotated[int, typer.Option(min=0, help="Test pictures that are captioned; 0 for all.")] = 0,
     start: Annotated[

@@ -46,6 +46,10 @@ class LlmConfig:
     """Features of its tokens."""
     weights: Literal["fp32", "bf16", "fp16", "int8", "nf4"] = "fp32"
     """How its weights are held: int8, or nf4 (4 bits) by bitsandbytes on CUDA GPUs."""
+    start_first: bool = False
+    """Whether the start token of a text stands before the visual prompt instead of behind it, as in BLIP-2. A causal
+    model keeps what attention doesn't need in whatever comes first (attention sinks, arXiv 2309.17453): visual tokens
+    there grow a hundredfold on the way up, and what is said hangs on their smallest change."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,17 @@ class Blip2Llm(nn.Module):
         self.register_load_state_dict_post_hook(_dont_miss)
 
     def attach(self, llm: LanguageModel) -> None:
-        """Take a language model. Raises ConfigError when its width isn't the configuration's."""
+        """Take a language model. Raises ConfigError when it doesn't fit the configuration."""
         if llm.width != self.config.llm.width:
             raise ConfigError(
                 f"model.llm.width is {self.config.llm.width}, but {self.config.llm.name} is {llm.width} wide; set it"
             )
+        if llm.seq2seq and self.config.llm.start_first:
+            raise ConfigError(
+                f"model.llm.start_first: {self.config.llm.name} is a seq2seq model, whose start token its encoder "
+                "doesn't read; set it false"
+            )
+        llm.start_first = self.config.llm.start_first
         self.llm = llm
         # Every rank reads it by itself; DDP needn't send it around.
         names = [*llm.named_parameters(), *llm.named_buffers()]

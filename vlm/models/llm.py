@@ -1,8 +1,9 @@
 """A frozen language model behind one small interface: any causal or seq2seq model of ``transformers``.
 
 A text is its start token, what is given of it (a prompt, a question), what is said, and an end token. A causal model
-reads [visual prompt; text]; a seq2seq one reads [visual prompt; given; end] in its encoder and says the rest after the
-start token in its decoder (prefix LM, BLIP-2, arXiv 2301.12597 §3.3).
+reads [visual prompt; text], or [start token; visual prompt; rest of the text] with `start_first`; a seq2seq one reads
+[visual prompt; given; end] in its encoder and says the rest after the start token in its decoder (prefix LM, BLIP-2,
+arXiv 2301.12597 §3.3).
 Letters in shapes: B rows, R running rows, Q visual tokens, L text length, S both, D width, V vocabulary.
 """
 
@@ -56,6 +57,8 @@ class LanguageModel(nn.Module):
         its own."""
         super().__init__()
         self.keeps_type = keeps_type
+        self.start_first = False
+        """Whether texts of a causal model begin before the visual prompt; see `vlm.models.blip2_llm.LlmConfig`."""
         self.inner = inner.requires_grad_(False).eval()
         self.end_id = end_id
         config: Any = inner.config
@@ -174,7 +177,9 @@ class LanguageModel(nn.Module):
         """(B, Q + L, D) states and their mask."""
         words = self.embed(ids)
         ones = mask.new_ones(visual.shape[:2])
-        return torch.cat([visual.to(words.dtype), words], dim=1), torch.cat([ones, mask], dim=1)
+        before = int(self.start_first)
+        x = torch.cat([words[:, :before], visual.to(words.dtype), words[:, before:]], dim=1)
+        return x, torch.cat([mask[:, :before], ones, mask[:, before:]], dim=1)
 
     def _places(self, mask: Tensor | None) -> dict[str, Tensor]:
         """Mask and positions as keywords; without padding the model's own are right, and its attention is faster."""

@@ -125,6 +125,7 @@ def _positions(config: Any, suffix: str) -> list[str]:
 def _unfit(config: Blip2LlmConfig) -> dict[str, bool]:
     return unfit_towers(config.image, config.qformer) | {
         "it has LoRA, which isn't merged": bool(config.lora.rank),
+        "its texts start before the visual prompt (llm.start_first)": config.llm.start_first,
     }
 
 

@@ -88,6 +88,7 @@ def export_hf_speaker(model: VisionLanguageModel, folder: Path, *, near: bool = 
         return unfit_qformer(config.qformer) | unfit_image(config.image, model.transform, near=near) | {
             f"its language model is held as {held}": held in ("int8", "nf4"),
             "its language model isn't attached": network.llm is None,
+            "its texts start before the visual prompt (llm.start_first)": config.llm.start_first,
         }  # fmt: skip
 
     network: Any = exportable(model, Blip2Llm, f"transformers' {SPEAKER}", reasons, advice=ADVICE)

@@ -52,8 +52,6 @@ MEASURES = {
 """Retrieval is stage 1's, captions are stage 2's."""
 COUNTS = {"trained": "trained in stage 2, M", "parameters": "parameters, M"}
 COLUMN = "steps trained here"
-FAST = ("train.optim.lr=2.0e-3", "train.optim.lr_scale={}")
-"""Of stage 2, twice the `tiny` recipe's and for all parts: a language model needs many steps to say a bare name."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Sizes:
 
     stage1: int = 200
     """Of each Q-Former that has a stage 1."""
-    stage2: int = 60
+    stage2: int = 200
     """Of every model that is compared."""
     stage1_batch: int = 64
     """Samples of a step of stage 1."""
@@ -103,7 +101,7 @@ def reproduce_blip2(
     stage1 = [
         *short_run(sizes.stage1, precision, sizes.stage1_batch), f"start={json.dumps(list(start))}", *plain, *first,
     ]  # fmt: skip
-    recipe = [*short_run(sizes.stage2, precision, sizes.stage2_batch), *plain, "train.best=''", *FAST, *second]
+    recipe = [*short_run(sizes.stage2, precision, sizes.stage2_batch), *plain, "train.best=''", *second]
     before = tiny_config(FIRST, stage1)  # refuses wrong settings before anything is measured
     measured = f"{TEST}: captions of {MOST_TOKENS} tokens, {sizes.captioned or 'all'} pictures, galleries of {GALLERY}"
     beside = reference_results(
