@@ -97,7 +97,7 @@ RESULTS = [
         "stages-blip",
         "stages-blip2",
     ),
-    *("generate-base-cpu", "capfilt-base-cpu", "blip2_memory", "blip2_peak"),
+    *("generate-base-cpu", "capfilt-base-cpu", "blip2_generate-small-cpu", "blip2_memory", "blip2_peak"),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
 ]
@@ -124,6 +124,13 @@ def test_figures_are_those_of_the_result_files(name: str, command: str) -> None:
 def test_kept_states_rerank_five_times_as_fast(size: str) -> None:
     values = json.loads((ROOT / "benchmarks" / "results" / f"rerank-{size}-cpu.json").read_text("utf-8"))
     assert values["k"] == 64 and values["ratio"]["median"] >= 5
+
+
+def test_blip2_s_captions_are_never_slower() -> None:
+    """Than transformers', at one picture and at eight, by any search that was measured."""
+    values = json.loads((ROOT / "benchmarks" / "results" / "blip2_generate-small-cpu.json").read_text("utf-8"))
+    assert {(run["batch"], run["beams"]) for run in values["runs"]} == {(1, 1), (1, 3), (8, 1), (8, 3)}
+    assert min(run["ratio"]["low"] for run in values["runs"]) > 1
 
 
 def test_captions_are_as_fast_as_they_should_be() -> None:

@@ -136,7 +136,7 @@ def test_the_start_stands_where_the_setting_says() -> None:
     found = first.lm_logits(rows.pixels, rows.tokens)
     torch.testing.assert_close(found, wanted)
     assert not torch.allclose(found, network.lm_logits(rows.pixels, rows.tokens), atol=1e-2)
-    with pytest.raises(ConfigError, match="llm.start_first: smollm2 is a seq2seq model"):
+    with pytest.raises(ConfigError, match=r"llm\.start_first: smollm2 is a seq2seq model"):
         first.attach(language_model("t5"))
 
 
