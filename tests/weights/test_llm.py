@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import vlm
 from tests.models.small_llm import END, START, WIDTH, inner, llm_folder, stage, visual_prompt
@@ -183,6 +184,27 @@ def test_int8_says_nearly_the_same_in_less_memory(folder: Path) -> None:
     assert visual.grad is not None and visual.grad.abs().sum() > 0
     layer = small.inner.model.layers[0].mlp.up_proj  # type: ignore[union-attr, index]
     assert layer.weight.dtype is torch.int8 and layer.scale.shape == (len(layer.weight),)
+
+
+def test_int8_is_made_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bf16 as it is, so that the whole is never there in fp32; the numbers are those made of fp32."""
+    folder = llm_folder(tmp_path)
+    inner("llama").bfloat16().save_pretrained(folder)
+    seen: list[torch.dtype] = []
+
+    def watched(network: nn.Module, kind: str) -> None:
+        seen.extend(parameter.dtype for parameter in network.parameters())
+        low_bits.hold_in_few_bits(network, kind)
+
+    monkeypatch.setattr(llms, "hold_in_few_bits", watched)
+    small = load_llm(str(folder), replace(SETTINGS, weights="int8"))[0].inner
+    assert set(seen) == {torch.bfloat16}
+    whole: nn.Module = load_llm(str(folder), SETTINGS)[0].inner
+    low_bits.hold_in_few_bits(whole, "int8")
+    expected = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    found = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert {value.dtype for value in found.values()} == {torch.int8, torch.float32}
 
 
 def test_nf4_is_refused_without_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
