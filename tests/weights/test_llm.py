@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,10 +211,38 @@ def test_int8_is_made_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_nf4_is_refused_without_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_bits.importlib.util, "find_spec", lambda name: True)
+    """Older versions of the library have no code for CPUs."""
+    older = SimpleNamespace(__version__="0.45.0", __spec__=object())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", older)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(WeightsError, match="CUDA GPUs, none is here; use int8"):
+    with pytest.raises(WeightsError, match=r"0\.45\.0 packs 4 bits on CUDA GPUs alone, none is here; .* to int8"):
         low_bits.hold_in_few_bits(inner("llama"), "nf4")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes isn't installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="packed when it moves to the GPU")
+def test_nf4_says_nearly_the_same_in_half_of_int8_s_memory(folder: Path) -> None:
+    """On a CPU; and LoRA beside it learns, and stays beside it."""
+    model = {kind: load_llm(str(folder), replace(SETTINGS, weights=kind))[0] for kind in ("fp32", "int8", "nf4")}  # type: ignore[arg-type]
+    small = model["nf4"].to(torch.float32)
+    weights = {kind: one.inner.model.layers[0].mlp.up_proj.weight for kind, one in model.items()}  # type: ignore[union-attr, index]
+    assert weights["nf4"].dtype is torch.uint8 and 2 * weights["nf4"].numel() == weights["int8"].numel()
+    scales = weights["nf4"].quant_state.absmax  # as `benchmarks/blip2_memory.py` counts them
+    assert scales.dtype is torch.float32 and 64 * scales.numel() == weights["int8"].numel()
+    visual, ids = visual_prompt(2).requires_grad_(), torch.randint(3, 30, (2, 5))
+    mask = torch.ones_like(ids)
+    exact, near = model["fp32"].logits(visual, ids, mask), small.logits(visual, ids, mask)
+    assert 0 < (near - exact).norm() / exact.norm() < 0.4  # of random numbers, which four bits hold badly
+    add_lora(small, ["q_proj"], LoraConfig(rank=2))
+    for name, parameter in small.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    before = small.logits(visual, ids, mask)
+    before.sum().backward()
+    assert all(parameter.grad is not None for parameter in (visual, *small.parameters()) if parameter.requires_grad)
+    assert merge_lora(small) == 0
+    torch.testing.assert_close(small.logits(visual, ids, mask), before)
+    assert not torch.allclose(before, near, atol=1e-2)
 
 
 def test_half_precision_stays_when_the_network_changes_its_own(folder: Path) -> None:
