@@ -29,7 +29,7 @@ def batch(lengths: list[int], given: list[int] | None = None) -> Batch:
     return Batch(pixels, Tokens(ids, mask), rows, keys, given=None if given is None else torch.tensor(given))
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "llama" + FIRST, "t5"])
 def test_loss_is_on_what_is_said_alone(kind: str) -> None:
     network, rows = stage(kind), batch([4, 7, 6], [1, 4, 2])
     total, count = 0.0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
 import shutil
 import sys
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import vlm
-from tests.models.small_llm import END, START, WIDTH, inner, llm_folder, stage, visual_prompt
+from tests.models.small_llm import END, FIRST, START, WIDTH, inner, llm_folder, stage, visual_prompt
 from tests.tasks.small import random_model
 from vlm.data.tokenizers import load_tokenizer
 from vlm.errors import ConfigError, DataError, WeightsError
@@ -23,6 +24,7 @@ from vlm.models.blip2_llm import LlmConfig
 from vlm.models.lora import LoraConfig, add_lora, merge_lora
 from vlm.weights import llm as llms
 from vlm.weights import low_bits
+from vlm.weights.files import read_json
 from vlm.weights.llm import converted, find_llm, load_llm, load_llm_tokenizer, narrowed, weights_hash
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors
@@ -43,6 +45,26 @@ def test_hash_is_of_the_weights(folder: Path, tmp_path: Path) -> None:
     model = inner("llama")
     next(iter(model.parameters())).data[0, 0] += 1e-3
     assert weights_hash(model) != digest
+
+
+def test_where_the_start_stands_is_kept(folder: Path, tmp_path: Path) -> None:
+    """With the model's folder; one that was written before there was a choice has it behind the image."""
+    network = stage("llama" + FIRST)
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder)))
+    tokenizer, transform = load_llm_tokenizer(str(folder)), replace(random_model().transform, size=32)
+    model = VisionLanguageModel(network, tokenizer, transform, name="small", family="blip2-llm")
+    model.save(tmp_path / "model")
+    pixels, tokens = torch.randn(2, 3, 32, 32), model.tokens(["a red box"] * 2)
+    with torch.no_grad():
+        first = vlm.load(tmp_path / "model", device="cpu").lm_logits(pixels, tokens)
+        torch.testing.assert_close(first, model.lm_logits(pixels, tokens))
+        settings = read_json(tmp_path / "model" / "config.json")
+        assert settings["config"]["llm"].pop("start_first") is True
+        (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+        behind = vlm.load(tmp_path / "model", device="cpu").lm_logits(pixels, tokens)
+        network.llm.start_first = False  # type: ignore[union-attr]
+        torch.testing.assert_close(behind, model.lm_logits(pixels, tokens))
+    assert not torch.allclose(first, behind, atol=1e-2)
 
 
 def test_another_language_model_is_refused(folder: Path, tmp_path: Path) -> None:
