@@ -28,6 +28,7 @@ from vlm.weights.files import read_json
 from vlm.weights.llm import converted, find_llm, load_llm, load_llm_tokenizer, narrowed, weights_hash
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors
+from vlm.weights.start import start_from
 
 SETTINGS = LlmConfig(width=WIDTH)
 
@@ -65,6 +66,24 @@ def test_where_the_start_stands_is_kept(folder: Path, tmp_path: Path) -> None:
         network.llm.start_first = False  # type: ignore[union-attr]
         torch.testing.assert_close(behind, model.lm_logits(pixels, tokens))
     assert not torch.allclose(first, behind, atol=1e-2)
+
+
+def test_a_start_that_spoke_otherwise_is_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = stage()
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder), sha256="a"))
+    tokenizer, transform = load_llm_tokenizer(str(folder)), replace(random_model().transform, size=32)
+    VisionLanguageModel(network, tokenizer, transform, name="s", family="blip2-llm").save(tmp_path / "model")
+    told = []
+    for kind, digest in (("llama", "a"), ("llama" + FIRST, "a"), ("llama", "b")):
+        caplog.clear()
+        other = stage(kind, seed=1)
+        other.config = replace(other.config, llm=replace(other.config.llm, sha256=digest))
+        start_from(other, str(tmp_path / "model"))
+        assert torch.equal(other.projection.weight, network.projection.weight)
+        told.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])
+    assert told[0] == [] and len(told[1]) == len(told[2]) == 1
+    assert "was trained with model.llm.start_first=False, which is True here" in told[1][0]
+    assert f"was trained with another language model, {folder}, not smollm2" in told[2][0]
 
 
 def test_another_language_model_is_refused(folder: Path, tmp_path: Path) -> None:
