@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,34 @@ def test_tokenizer_begins_and_ends_texts_as_the_model_does(folder: Path, tmp_pat
     (tmp_path / "special_ids.json").unlink()
     with pytest.raises(DataError, match=r"special_ids\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_a_hub_repo_with_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT's have torch's own weights, and a vocabulary with merges instead of a tokenizer.json."""
+    hub = llm_folder(tmp_path / "hub", "opt")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (hub / name).unlink()
+    torch.save(inner("opt").state_dict(), hub / "pytorch_model.bin")
+    (hub / "flax_model.msgpack").write_bytes(b"of no use")
+    letters = ["<s>", "<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "\u0120", "re", "red"]
+    (hub / "vocab.json").write_text(json.dumps({letter: place for place, letter in enumerate(letters)}))
+    (hub / "merges.txt").write_text("#version: 0.2\nr e\nre d\n")
+    (hub / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>"}))
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        assert repo == "facebook/opt"
+        for path in hub.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, fetched / path.name)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model, digest = load_llm("facebook/opt", SETTINGS)
+    assert digest == weights_hash(inner("opt")) and not (fetched / "flax_model.msgpack").exists()
+    ids = load_llm_tokenizer("facebook/opt")(["red"]).input_ids[0].tolist()
+    assert ids == [START, letters.index("red"), END] and model.vocab_size > max(ids)
 
 
 def test_seq2seq_and_its_start_token(tmp_path: Path) -> None:
