@@ -100,6 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     llm = getattr(network, "llm", None)
     held = [*llm.parameters(), *llm.buffers()] if llm is not None else []
+    held += [state.absmax for one in held if (state := getattr(one, "quant_state", None)) is not None]  # nf4's scales
     count = {
         "all": sum(p.numel() for p in network.parameters()),
         "trained": sum(p.numel() for p in network.parameters() if p.requires_grad),

@@ -90,9 +90,10 @@ QUERIES = TransformerConfig(vocab_size=0, width=16, layers=2, heads=2, mlp_width
 
 
 def stage(kind: str = "llama", seed: int = 0, **settings: Any) -> Blip2Llm:
-    """A stage-2 BLIP-2 with its language model, every tensor random and large enough to matter."""
+    """A stage-2 BLIP-2 with its language model, every tensor random and large enough to matter; kind: see above."""
     qformer = QFormerConfig(text=QUERIES, queries=3, speaks=False)
-    config = Blip2LlmConfig(image=IMAGE, qformer=qformer, llm=LlmConfig(width=WIDTH), **settings)
+    llm = LlmConfig(width=WIDTH, start_first=kind.endswith(FIRST))
+    config = Blip2LlmConfig(image=IMAGE, qformer=qformer, llm=llm, **settings)
     torch.manual_seed(seed)
     network = Blip2Llm(config)
     with torch.no_grad():

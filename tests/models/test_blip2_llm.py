@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.models.small_llm import END, FIRST, WORDS, language_model, stage, texts
 from vlm.data.batch import Batch, Tokens
 from vlm.errors import ConfigError
 from vlm.models.blip2_llm import Blip2Llm, LlmConfig
-from vlm.models.lora import LoraConfig, merge_lora
+from vlm.models.lora import LoraConfig, add_lora, merge_lora
 
 LORA = LoraConfig(rank=2, targets={"llm": ("q_proj", "v_proj"), "image": ("qkv",), "qformer": ("q", "kv")})
 
@@ -28,7 +29,7 @@ def batch(lengths: list[int], given: list[int] | None = None) -> Batch:
     return Batch(pixels, Tokens(ids, mask), rows, keys, given=None if given is None else torch.tensor(given))
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "llama" + FIRST, "t5"])
 def test_loss_is_on_what_is_said_alone(kind: str) -> None:
     network, rows = stage(kind), batch([4, 7, 6], [1, 4, 2])
     total, count = 0.0, 0
@@ -91,6 +92,17 @@ def test_lora_learns_beside_frozen_weights_and_merged_equals_unmerged() -> None:
     assert merge_lora(network) == 2 * 2 + 2 + 2 * 3  # layers of LLM, image encoder, Q-Former
     torch.testing.assert_close(network.loss(rows)["loss"], changed, rtol=1e-5, atol=1e-5)
     assert not any("lora_" in name for name, _ in network.named_parameters())
+
+
+def test_an_addition_beside_weights_of_few_bits_stays() -> None:
+    """bitsandbytes keeps two of its four-bit numbers in a byte, in another shape."""
+    model = language_model("llama")
+    add_lora(model, ["q_proj"], LoraConfig(rank=2))
+    first, second = (layer.self_attn for layer in model.inner.model.layers)  # type: ignore[union-attr]
+    few = torch.zeros(32 * 32 // 2, 1, dtype=torch.uint8)
+    first.q_proj.base_layer.weight = nn.Parameter(few, requires_grad=False)
+    assert merge_lora(model) == 1
+    assert hasattr(first.q_proj, "lora_A") and type(second.q_proj) is nn.Linear
 
 
 def test_stored_lora_comes_back() -> None:

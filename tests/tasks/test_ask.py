@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from tests.models.small_llm import llm_folder, stage
+from tests.models.small_llm import FIRST, llm_folder, stage
 from tests.tasks.small import colour_model, noise, random_model
 from vlm.data.prompts import Prompts
 from vlm.errors import ConfigError, MissingVerbError
@@ -28,14 +28,14 @@ NUCLEUS = GenerationConfig("nucleus", max_new_tokens=6)
 @cache
 def model(kind: str = "llama") -> VisionLanguageModel:
     with TemporaryDirectory() as folder:
-        tokenizer = load_llm_tokenizer(str(llm_folder(Path(folder), kind)))
+        tokenizer = load_llm_tokenizer(str(llm_folder(Path(folder), kind.removesuffix(FIRST))))
     transform = replace(random_model().transform, size=32)
     return VisionLanguageModel(
         stage(kind, seed=9 if kind == "t5" else 0), tokenizer, transform, name="small", family="blip2-llm"
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "llama" + FIRST, "t5"])
 @pytest.mark.parametrize("config", [GenerationConfig(beams=3, max_new_tokens=6), NUCLEUS], ids=lambda c: c.strategy)
 def test_no_answer_depends_on_those_beside_it(kind: str, config: GenerationConfig) -> None:
     pictures = noise(3)
@@ -46,7 +46,7 @@ def test_no_answer_depends_on_those_beside_it(kind: str, config: GenerationConfi
     assert len(set(together)) > 1
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
+@pytest.mark.parametrize("kind", ["llama", "llama" + FIRST, "opt", "t5"])
 def test_batched_logits_equal_single_ones(kind: str) -> None:
     """Questions of different lengths are padded on the left; what is searched from doesn't change by it."""
     one, prompts = model(kind), Prompts()
@@ -80,19 +80,20 @@ def test_a_picture_for_all_questions_is_as_one_for_each() -> None:
         asker.ask(noise(2), QUESTIONS)
 
 
-def test_turns_see_those_before_and_stream_what_they_say() -> None:
+@pytest.mark.parametrize("kind", ["llama", "llama" + FIRST])
+def test_turns_see_those_before_and_stream_what_they_say(kind: str) -> None:
     pieces: list[str] = []
-    chat = Chat(model(), noise(1)[0], GenerationConfig("greedy", max_new_tokens=8))
+    chat = Chat(model(kind), noise(1)[0], GenerationConfig("greedy", max_new_tokens=8))
     first = chat.say(QUESTIONS[0], on_text=pieces.append)
     assert "".join(pieces) == first and len(pieces) > 1
     second = chat.say(QUESTIONS[1])
-    alone = Chat(model(), noise(1)[0], GenerationConfig("greedy", max_new_tokens=8))
+    alone = Chat(model(kind), noise(1)[0], GenerationConfig("greedy", max_new_tokens=8))
     assert alone.say(QUESTIONS[0]) == first
     prompts = Prompts()
-    asked = model().tokens([prompts.ask(QUESTIONS[1], [(QUESTIONS[0], first)])])
-    visual = model().network.visual_prompt(model().pixels(noise(1)[0]))  # type: ignore[operator]
-    found = say(model().network, visual, asked, chat.config, tokenizer=model().tokenizer)
-    assert model().tokenizer.decode(found.ids[0, 0].tolist()).split("Question")[0].strip() == second
+    asked = model(kind).tokens([prompts.ask(QUESTIONS[1], [(QUESTIONS[0], first)])])
+    visual = model(kind).network.visual_prompt(model(kind).pixels(noise(1)[0]))  # type: ignore[operator]
+    found = say(model(kind).network, visual, asked, chat.config, tokenizer=model(kind).tokenizer)
+    assert model(kind).tokenizer.decode(found.ids[0, 0].tolist()).split("Question")[0].strip() == second
     assert chat.turns == [(QUESTIONS[0], first), (QUESTIONS[1], second)]
 
 

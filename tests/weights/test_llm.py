@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import pickle
 import shutil
+import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import vlm
-from tests.models.small_llm import END, START, WIDTH, inner, llm_folder, stage, visual_prompt
+from tests.models.small_llm import END, FIRST, START, WIDTH, inner, llm_folder, stage, visual_prompt
 from tests.tasks.small import random_model
 from vlm.data.tokenizers import load_tokenizer
 from vlm.errors import ConfigError, DataError, WeightsError
@@ -19,9 +25,11 @@ from vlm.models.blip2_llm import LlmConfig
 from vlm.models.lora import LoraConfig, add_lora, merge_lora
 from vlm.weights import llm as llms
 from vlm.weights import low_bits
+from vlm.weights.files import read_json
 from vlm.weights.llm import converted, find_llm, load_llm, load_llm_tokenizer, narrowed, weights_hash
 from vlm.weights.loaded import VisionLanguageModel
 from vlm.weights.shipped import model_tensors
+from vlm.weights.start import start_from
 
 SETTINGS = LlmConfig(width=WIDTH)
 
@@ -39,6 +47,44 @@ def test_hash_is_of_the_weights(folder: Path, tmp_path: Path) -> None:
     model = inner("llama")
     next(iter(model.parameters())).data[0, 0] += 1e-3
     assert weights_hash(model) != digest
+
+
+def test_where_the_start_stands_is_kept(folder: Path, tmp_path: Path) -> None:
+    """With the model's folder; one that was written before there was a choice has it behind the image."""
+    network = stage("llama" + FIRST)
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder)))
+    tokenizer, transform = load_llm_tokenizer(str(folder)), replace(random_model().transform, size=32)
+    model = VisionLanguageModel(network, tokenizer, transform, name="small", family="blip2-llm")
+    model.save(tmp_path / "model")
+    pixels, tokens = torch.randn(2, 3, 32, 32), model.tokens(["a red box"] * 2)
+    with torch.no_grad():
+        first = vlm.load(tmp_path / "model", device="cpu").lm_logits(pixels, tokens)
+        torch.testing.assert_close(first, model.lm_logits(pixels, tokens))
+        settings = read_json(tmp_path / "model" / "config.json")
+        assert settings["config"]["llm"].pop("start_first") is True
+        (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+        behind = vlm.load(tmp_path / "model", device="cpu").lm_logits(pixels, tokens)
+        network.llm.start_first = False  # type: ignore[union-attr]
+        torch.testing.assert_close(behind, model.lm_logits(pixels, tokens))
+    assert not torch.allclose(first, behind, atol=1e-2)
+
+
+def test_a_start_that_spoke_otherwise_is_told(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = stage()
+    network.config = replace(network.config, llm=replace(network.config.llm, name=str(folder), sha256="a"))
+    tokenizer, transform = load_llm_tokenizer(str(folder)), replace(random_model().transform, size=32)
+    VisionLanguageModel(network, tokenizer, transform, name="s", family="blip2-llm").save(tmp_path / "model")
+    told = []
+    for kind, digest in (("llama", "a"), ("llama" + FIRST, "a"), ("llama", "b")):
+        caplog.clear()
+        other = stage(kind, seed=1)
+        other.config = replace(other.config, llm=replace(other.config.llm, sha256=digest))
+        start_from(other, str(tmp_path / "model"))
+        assert torch.equal(other.projection.weight, network.projection.weight)
+        told.append([record.getMessage() for record in caplog.records if record.levelname == "WARNING"])
+    assert told[0] == [] and len(told[1]) == len(told[2]) == 1
+    assert "was trained with model.llm.start_first=False, which is True here" in told[1][0]
+    assert f"was trained with another language model, {folder}, not smollm2" in told[2][0]
 
 
 def test_another_language_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -97,6 +143,34 @@ def test_tokenizer_begins_and_ends_texts_as_the_model_does(folder: Path, tmp_pat
     (tmp_path / "special_ids.json").unlink()
     with pytest.raises(DataError, match=r"special_ids\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_a_hub_repo_with_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT's have torch's own weights, and a vocabulary with merges instead of a tokenizer.json."""
+    hub = llm_folder(tmp_path / "hub", "opt")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (hub / name).unlink()
+    torch.save(inner("opt").state_dict(), hub / "pytorch_model.bin")
+    (hub / "flax_model.msgpack").write_bytes(b"of no use")
+    letters = ["<s>", "<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "\u0120", "re", "red"]
+    (hub / "vocab.json").write_text(json.dumps({letter: place for place, letter in enumerate(letters)}))
+    (hub / "merges.txt").write_text("#version: 0.2\nr e\nre d\n")
+    (hub / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>"}))
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        assert repo == "facebook/opt"
+        for path in hub.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, fetched / path.name)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model, digest = load_llm("facebook/opt", SETTINGS)
+    assert digest == weights_hash(inner("opt")) and not (fetched / "flax_model.msgpack").exists()
+    ids = load_llm_tokenizer("facebook/opt")(["red"]).input_ids[0].tolist()
+    assert ids == [START, letters.index("red"), END] and model.vocab_size > max(ids)
 
 
 def test_seq2seq_and_its_start_token(tmp_path: Path) -> None:
@@ -185,11 +259,60 @@ def test_int8_says_nearly_the_same_in_less_memory(folder: Path) -> None:
     assert layer.weight.dtype is torch.int8 and layer.scale.shape == (len(layer.weight),)
 
 
+def test_int8_is_made_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bf16 as it is, so that the whole is never there in fp32; the numbers are those made of fp32."""
+    folder = llm_folder(tmp_path)
+    inner("llama").bfloat16().save_pretrained(folder)
+    seen: list[torch.dtype] = []
+
+    def watched(network: nn.Module, kind: str) -> None:
+        seen.extend(parameter.dtype for parameter in network.parameters())
+        low_bits.hold_in_few_bits(network, kind)
+
+    monkeypatch.setattr(llms, "hold_in_few_bits", watched)
+    small = load_llm(str(folder), replace(SETTINGS, weights="int8"))[0].inner
+    assert set(seen) == {torch.bfloat16}
+    whole: nn.Module = load_llm(str(folder), SETTINGS)[0].inner
+    low_bits.hold_in_few_bits(whole, "int8")
+    expected = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    found = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert {value.dtype for value in found.values()} == {torch.int8, torch.float32}
+
+
 def test_nf4_is_refused_without_what_it_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_bits.importlib.util, "find_spec", lambda name: True)
+    """Older versions of the library have no code for CPUs."""
+    older = SimpleNamespace(__version__="0.45.0", __spec__=object())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", older)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(WeightsError, match="CUDA GPUs, none is here; use int8"):
+    with pytest.raises(WeightsError, match=r"0\.45\.0 packs 4 bits on CUDA GPUs alone, none is here; .* to int8"):
         low_bits.hold_in_few_bits(inner("llama"), "nf4")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes isn't installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="packed when it moves to the GPU")
+def test_nf4_says_nearly_the_same_in_half_of_int8_s_memory(folder: Path) -> None:
+    """On a CPU; and LoRA beside it learns, and stays beside it."""
+    model = {kind: load_llm(str(folder), replace(SETTINGS, weights=kind))[0] for kind in ("fp32", "int8", "nf4")}  # type: ignore[arg-type]
+    small = model["nf4"].to(torch.float32)
+    weights = {kind: one.inner.model.layers[0].mlp.up_proj.weight for kind, one in model.items()}  # type: ignore[union-attr, index]
+    assert weights["nf4"].dtype is torch.uint8 and 2 * weights["nf4"].numel() == weights["int8"].numel()
+    scales = weights["nf4"].quant_state.absmax  # as `benchmarks/blip2_memory.py` counts them
+    assert scales.dtype is torch.float32 and 64 * scales.numel() == weights["int8"].numel()
+    visual, ids = visual_prompt(2).requires_grad_(), torch.randint(3, 30, (2, 5))
+    mask = torch.ones_like(ids)
+    exact, near = model["fp32"].logits(visual, ids, mask), small.logits(visual, ids, mask)
+    assert 0 < (near - exact).norm() / exact.norm() < 0.4  # of random numbers, which four bits hold badly
+    add_lora(small, ["q_proj"], LoraConfig(rank=2))
+    for name, parameter in small.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    before = small.logits(visual, ids, mask)
+    before.sum().backward()
+    assert all(parameter.grad is not None for parameter in (visual, *small.parameters()) if parameter.requires_grad)
+    assert merge_lora(small) == 0
+    torch.testing.assert_close(small.logits(visual, ids, mask), before)
+    assert not torch.allclose(before, near, atol=1e-2)
 
 
 def test_half_precision_stays_when_the_network_changes_its_own(folder: Path) -> None:

@@ -45,7 +45,7 @@ class LlmConfig:
     width: int = 576
     """Features of its tokens."""
     weights: Literal["fp32", "bf16", "fp16", "int8", "nf4"] = "fp32"
-    """How its weights are held: int8, or nf4 (4 bits) by bitsandbytes on CUDA GPUs."""
+    """How its weights are held: int8, or nf4 (4 bits, with an fp32 scale for every 64) by bitsandbytes."""
     start_first: bool = False
     """Whether the start token of a text stands before the visual prompt instead of behind it, as in BLIP-2. A causal
     model keeps what attention doesn't need in whatever comes first (attention sinks, arXiv 2309.17453): visual tokens

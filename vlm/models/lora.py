@@ -80,18 +80,17 @@ def add_all(network: nn.Module, config: LoraConfig) -> None:
 def merge_lora(network: nn.Module) -> int:
     """Put every addition into the weight that it stands beside, in place; how many there were.
 
-    The network says the same, a little faster, and has no LoRA any more.
+    The network says the same, a little faster, and has no LoRA any more, but beside weights in four bits: rounded to
+    those, most of an addition would be lost, so it stays.
     """
-    found = [
-        (name, module) for name, module in network.named_modules() if hasattr(module, "merge") and _is_lora(module)
-    ]
-    for name, module in found:
+    found: list[tuple[str, Any]] = [(name, module) for name, module in network.named_modules() if _mergeable(module)]
+    for name, layer in found:
         above, _, last = name.rpartition(".")
-        layer: Any = module
         layer.merge()
         setattr(network.get_submodule(above), last, layer.get_base_layer())
     return len(found)
 
 
-def _is_lora(module: nn.Module) -> bool:
-    return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+def _mergeable(module: Any) -> bool:
+    is_lora = all(hasattr(module, name) for name in ("merge", "lora_A", "get_base_layer"))
+    return is_lora and bool(module.get_base_layer().weight.is_floating_point())

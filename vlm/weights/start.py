@@ -79,6 +79,7 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
     if "family" in settings:
         start_id = load_tokenizer(folder).start_id if _is_med(network) else None
         start_parts(network, model_tensors(folder), where=str(folder), start_id=start_id)
+        _tell_other_speech(network, settings.get("config", {}).get("llm"), str(folder))
     elif settings.get("model_type") == "bert":
         start_text(network, folder)
     elif settings.get("model_type") in BLIP2_TYPES:
@@ -87,6 +88,19 @@ def start_from(network: nn.Module, spec: str, *, training: bool = False) -> Trai
         kind = settings.get("model_type")
         raise WeightsError(f"{spec}: model type {kind!r} can't start a text tower or a Q-Former; BERT or BLIP-2 can")
     return None
+
+
+def _tell_other_speech(network: nn.Module, theirs: Mapping[str, Any] | None, where: str) -> None:
+    """Warn where an earlier second stage of BLIP-2 learnt to speak otherwise, which its tensors' shapes don't tell."""
+    ours = getattr(getattr(network, "config", None), "llm", None)
+    if ours is None or theirs is None:
+        return
+    digest = theirs.get("sha256", "")
+    if digest and ours.sha256 and digest != ours.sha256:
+        logger.warning("%s: was trained with another language model, %s, not %s", where, theirs["name"], ours.name)
+    first = bool(theirs.get("start_first", False))
+    if first != ours.start_first:
+        logger.warning("%s: was trained with model.llm.start_first=%s, which is %s here", where, first, not first)
 
 
 def _start_file(network: nn.Module, path: Path, training: bool) -> Training | None:
