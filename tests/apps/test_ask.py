@@ -84,10 +84,20 @@ def test_captions_of_a_folder_by_a_second_stage(run: Run, pictures: Path, talker
     assert [line["captions"][0]["caption"] for line in lines[0]] == texts
 
 
-def test_refusals(run: Run, pictures: Path, talker: list[str], model: str, tmp_path: Path) -> None:
+def test_refusals(
+    run: Run, pictures: Path, talker: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = run("ask", pictures / "red.png", "what ?", "--model", model)
     assert other.code == 2 and "answers no questions" in other.err
     gone = run("ask", tmp_path / "none.png", "what ?", *talker)
     assert gone.code == 2 and "none.png" in gone.err
+    empty = run("ask", pictures / "red.png", "what ?", " ", "--model", "no such model")  # before it looks for one
+    assert empty.code == 2 and "question 2 of 2 is empty" in empty.err
+    for verb, rest in (("ask", ["what ?"]), ("chat", [])):
+        early = run(verb, tmp_path / "none.png", *rest, "--model", "no such model")
+        assert early.code == 2 and "none.png" in early.err
     beams = run("chat", pictures / "red.png", *talker, "--strategy", "beam")
     assert beams.code == 2 and "as it goes" in beams.err
+    monkeypatch.setattr("sys.stdin", None)
+    closed = run("chat", pictures / "red.png", *talker)
+    assert closed.code == 2 and "standard input, which is closed" in closed.err

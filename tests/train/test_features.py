@@ -98,6 +98,17 @@ def test_a_full_disk_is_told_before_anything_is_computed(
     assert not len(computed(folder, tmp_path / "features").missing())
 
 
+def test_a_folder_of_other_files_stays_as_it_is(folder: Path, tmp_path: Path) -> None:
+    for name, content in {"states.bin": "mine", "features.json": "not JSON"}.items():
+        out = tmp_path / name.split(".")[0]
+        out.mkdir()
+        (out / name).write_text(content)
+        with pytest.raises(DataError, match=rf"such as {name}; choose a new or empty --out|{name}: can't be read"):
+            computed(folder, out)
+        assert [path.name for path in out.iterdir() if path.name != ".lock"] == [name]
+        assert (out / name).read_text() == content
+
+
 def test_stale_features_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "features"
     computed(folder, out)

@@ -162,6 +162,9 @@ def test_a_folder_with_a_run_is_not_overwritten(folder, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run" / "model")
     with pytest.raises(TrainingError, match=r"holds a run already.*--resume"):
         train_stage(settings(folder), tmp_path / "run", ALONE, progress=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingError, match=r"notes\.txt: is a file; --out is a folder"):
+        train_stage(settings(folder), tmp_path / "notes.txt", ALONE, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,14 @@ def ask(
     """Answer questions about a picture, one line each: freely, or by the likeliest of --answers (BLIP's and ALBEF's
     question answering).
     """
-    from vlm.tasks.ask import Asker
+    from vlm.data.images import load_image
+    from vlm.tasks.ask import Asker, check_questions
 
     log_warnings()
     config = _config(strategy, max_new_tokens)
     choices = None if answers is None else read_lines(answers, "answers")
+    check_questions(questions)
+    load_image(image)  # before a model is read for it
     asker = Asker(_loaded(model, device, llm), config, seed=seed)
     if choices is None:
         found = asker.ask(str(image), questions)
@@ -54,9 +57,14 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk about a picture: a question a line, answers as they are written; an empty line or Ctrl-D ends it."""
+    from vlm.data.images import load_image
+    from vlm.errors import ConfigError
     from vlm.tasks.ask import Chat
 
     log_warnings()
+    if sys.stdin is None:
+        raise ConfigError("vlm chat reads questions from standard input, which is closed; vlm ask takes them as words")
+    load_image(image)  # before a model is read for it
     talk = Chat(_loaded(model, device, llm), str(image), _config(strategy, max_new_tokens), seed=seed)
     while True:
         if sys.stdin.isatty():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ import typer
 
 from vlm.errors import counted
 
+SECONDS = 30.0
+"""From one line of progress to the next, where there is no terminal for a bar."""
 app = typer.Typer(help="Make and check data.", no_args_is_help=True)
 
 
@@ -60,11 +63,16 @@ def features(
     changes += [f"{name}={json.dumps(values)}" for name, values in (("data", data), ("start", start)) if values]
     settings = load_config(run_kind(stage), named_config(stage, config), changes)
     network, transform = begun_network(settings), make_transform(settings)
+    said = -SECONDS
     with tqdm(unit="pictures", disable=not sys.stderr.isatty()) as bar:
 
         def show(done: int, samples: int) -> None:
+            nonlocal said
             bar.total = samples
             bar.update(done - bar.n)
+            if bar.disable and time.monotonic() - said > SECONDS:
+                said = time.monotonic()
+                typer.echo(f"{done:,} of {samples:,} pictures", err=True)
 
         store = compute_features(
             network, transform, settings.data, out, device=pick_device(device), kind="float16" if half else "float32",

@@ -28,6 +28,7 @@ from vlm.errors import DataError, reason
 from vlm.files import write_text
 
 NOTE = "features.json"
+DELETE = f"delete {NOTE}, states.bin, pictures.bin and done.bin there"
 MISSING, DONE, UNREADABLE = 0, 1, 2
 TYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -65,15 +66,22 @@ class FeatureStore:
         path = folder / NOTE
         if path.is_file():
             note = _note(folder)
-            _refuse_other(folder, note, encoded, "choose another --out, or delete this folder")
+            _refuse_other(folder, note, encoded, f"choose another --out, or {DELETE}")
             if (tuple(note["shape"]), note["type"]) != (shape, kind):
                 raise DataError(f"{folder}: holds features of shape {note['shape']} in {note['type']}; choose another")
             return cls(folder, shape, kind, writing=True)
+        made: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+            if others:
+                raise DataError(f"{folder}: holds other files, such as {others[0]}; choose a new or empty --out")
             for name, (type_, size) in _arrays(shape, kind).items():
-                _reserve(folder / name, int(np.prod(size)) * np.dtype(type_).itemsize)
+                made.append(folder / name)
+                _reserve(made[-1], int(np.prod(size)) * np.dtype(type_).itemsize)
         except OSError as error:
+            for array in made:
+                array.unlink(missing_ok=True)
             raise DataError(f"{folder}: can't be written ({error.strerror or error})") from error
         write_text(path, json.dumps({**asdict(encoded), "shape": shape, "type": kind}, indent=1) + "\n")
         return cls(folder, shape, kind, writing=True)
@@ -118,9 +126,7 @@ class FeatureStore:
             expected = int(np.prod(size)) * np.dtype(type_).itemsize
             found = path.stat().st_size if path.is_file() else 0
             if found != expected:
-                raise DataError(
-                    f"{path}: has {found} bytes, expected {expected}; delete {self.folder} and compute again"
-                )
+                raise DataError(f"{path}: has {found} bytes, expected {expected}; {DELETE}, and compute again")
             opened[name] = np.memmap(path, type_, mode, shape=size)
         self._states, self._pictures, self._done = opened.values()
 
@@ -201,10 +207,10 @@ def _note(folder: Path) -> dict[str, Any]:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{folder / NOTE}: can't be read ({reason(error)}); delete {folder} and compute again"
+            f"{folder / NOTE}: can't be read ({reason(error)}); if it is of features, {DELETE}, and compute again"
         ) from error
     if not whole:
-        raise DataError(f"{folder / NOTE}: isn't what `vlm data features` writes; delete {folder} and compute again")
+        raise DataError(f"{folder / NOTE}: isn't what `vlm data features` writes; choose another --out")
     return note
 
 

@@ -39,7 +39,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.kind = states.dtype
-        return F.linear(states, weight.to(states.dtype)) * scale.to(states.dtype)
+        return F.linear(states, weight.to(states.dtype)).mul_(scale.to(states.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

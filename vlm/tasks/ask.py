@@ -24,6 +24,13 @@ ANSWER = GenerationConfig(strategy="beam", beams=5, max_new_tokens=20, min_new_t
 TURN = GenerationConfig(strategy="greedy", max_new_tokens=60, min_new_tokens=1)
 
 
+def check_questions(questions: Sequence[str]) -> None:
+    """Raises ConfigError where a question is empty, which says its place."""
+    empty = [number for number, question in enumerate(questions, start=1) if not question.strip()]
+    if empty:
+        raise ConfigError(f"question {empty[0]} of {len(questions)} is empty")
+
+
 class Asker:
     """Answers questions about pictures.
 
@@ -60,7 +67,7 @@ class Asker:
         """The answer to a question, a text; or a list of them, one for each question.
 
         images: a picture for all questions, or one for each. Raises DataError naming a picture that can't be read,
-        ConfigError when there are as many pictures as questions neither.
+        ConfigError for an empty question, or when there are as many pictures as questions neither.
         """
         answers: list[str] = []
         for pictures, asked in self._batches(images, questions):
@@ -89,6 +96,7 @@ class Asker:
     ) -> Iterator[tuple[list[Any], list[str]]]:
         """Pictures, one or as many as questions, with questions that run at once."""
         asked = [questions] if isinstance(questions, str) else list(questions)
+        check_questions(asked)
         given: Any = images
         pictures = [given] if is_picture(given) else list(given)
         if len(pictures) not in (1, len(asked)):
@@ -153,8 +161,10 @@ class Chat:
     def say(self, question: str, *, on_text: Callable[[str], None] | None = None) -> str:
         """The answer to a question after the turns before. on_text: called with each new piece of the answer.
 
-        Raises ConfigError when the turns are longer than the language model can read, which leaves them as they were.
+        Raises ConfigError for an empty question, and when the turns are longer than the language model can read, which
+        leaves them as they were.
         """
+        check_questions([question])
         model, prompts = self.model, prompts_of(self.model)
         asked = [prompts.ask(question, self.turns)]
         tokens, visual = model.tokens(asked), model.visual_prompt(self._seen, asked)

@@ -41,7 +41,9 @@ def surroundings() -> dict[str, Any]:
 
 
 def check_unused(run: Path) -> None:
-    """Raises TrainingError when a folder already holds a run."""
+    """Raises TrainingError when a folder already holds a run, or is none."""
+    if run.exists() and not run.is_dir():
+        raise TrainingError(f"{run}: is a file; --out is a folder, choose another")
     if (run / "config.yaml").exists():
         kind = "finished run" if (run / "model").is_dir() else "run"
         raise TrainingError(f"{run}: holds a {kind} already; go on with --resume, or choose another --out")
