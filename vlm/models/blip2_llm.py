@@ -49,7 +49,8 @@ class LlmConfig:
     start_first: bool = False
     """Whether the start token of a text stands before the visual prompt instead of behind it, as in BLIP-2. A causal
     model keeps what attention doesn't need in whatever comes first (attention sinks, arXiv 2309.17453): visual tokens
-    there grow a hundredfold on the way up, and what is said hangs on their smallest change."""
+    there grow a hundredfold on the way up, and what is said hangs on their smallest change. Without a prompt the first
+    word is then said at the last visual token."""
 
 
 @dataclass(frozen=True)
