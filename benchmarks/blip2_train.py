@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import listed, machine, median_interval, peak_mb, reset_peak, timed, versions, write_results
+from measure import listed, llm_mb, machine, median_interval, peak_mb, reset_peak, timed, versions, write_results
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES = ("blip2", "blip2-llm")
@@ -99,8 +99,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": [sum(map(tokens_of, cut)) / s for cut, s in zip(cuts, seconds[1:], strict=True)],
     }
     llm = getattr(network, "llm", None)
-    held = [*llm.parameters(), *llm.buffers()] if llm is not None else []
-    held += [state.absmax for one in held if (state := getattr(one, "quant_state", None)) is not None]  # nf4's scales
     count = {
         "all": sum(p.numel() for p in network.parameters()),
         "trained": sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -109,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "stage": stage, "weights": kind, "batch": len(batches[0]), "seconds": seconds[1:], "losses": losses,
         "per_second": {name: {"each": each} | median_interval(each) for name, each in rates.items()},
         "before_mb": before, "peak_mb": peak_mb(options.device), "parameters": count,
-        "llm_mb": sum(one.numel() * one.element_size() for one in held) / 1e6,
+        "llm_mb": 0.0 if llm is None else llm_mb(llm),
     }  # fmt: skip
 
 
@@ -204,7 +202,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Medians of {result['rounds']} rounds of {result['steps']} whole steps, with {100 * first['coverage']:.0f} % "
         "intervals; each variant in a process of its own, on the same batches. Reading pictures isn't measured. Tokens "
         "are the texts' own, without the visual prompt. The peak is that of the process while it trains (of the "
-        "allocated tensors on a GPU); parameters in int8 are not counted as such.",
+        "allocated tensors on a GPU); numbers in int8 are not counted as parameters, those in nf4 by two.",
         "",
         f"{result['machine']}; " + listed(result["versions"]) + ".",
     ]

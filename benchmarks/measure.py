@@ -117,6 +117,13 @@ def median_interval(values: Sequence[float], wanted: float = 0.95) -> dict[str, 
     return {"median": statistics.median(ordered), "low": low, "high": high, "coverage": max(0.0, coverage(cut))}
 
 
+def llm_mb(llm: Any) -> float:
+    """Megabytes of a language model's weights, however they are held."""
+    held = [*llm.parameters(), *llm.buffers()]
+    held += [state.absmax for one in held if (state := getattr(one, "quant_state", None)) is not None]  # nf4's scales
+    return sum(one.numel() * one.element_size() for one in held) / 1e6
+
+
 def write_results(out: Path, name: str, values: dict[str, Any], text: str) -> None:
     """Write NAME.json and NAME.md (the table `text`, also printed) into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)

@@ -97,11 +97,18 @@ RESULTS = [
         "stages-blip",
         "stages-blip2",
     ),
-    *("generate-base-cpu", "capfilt-base-cpu", "blip2_generate-small-cpu", "blip2_memory", "blip2_peak"),
+    *(
+        "generate-base-cpu",
+        "capfilt-base-cpu",
+        "blip2_generate-small-cpu",
+        "blip2_train-tiny-cpu",
+        "blip2_memory",
+        "blip2_peak",
+    ),
     *("tiny-clip", "start_of_text", "train_clip-tiny-cpu", "train_clip-vit-b-32-cpu"),
     *("serve-vit-b-32-20", "serve-vit-b-32-200", "serve-tiny-clip-20", "serve-tiny-clip-200", "serve-load-tiny-clip"),
 ]
-REPRODUCED = ("albef", "blip")
+REPRODUCED = ("albef", "blip", "blip2")
 
 
 @pytest.mark.parametrize(
