@@ -102,6 +102,7 @@ RESULTS = [
         "capfilt-base-cpu",
         "blip2_generate-small-cpu",
         "blip2_train-tiny-cpu",
+        "blip2_bits-tiny-blip2-cpu",
         "blip2_memory",
         "blip2_peak",
     ),
