@@ -1,6 +1,6 @@
 """What fewer bits of the language model's weights change in what a BLIP-2 says: loss of the same captions, and size.
 
-The same trained Q-Former and projection before the language model held as fp32, bf16, int8 and nf4. See README.md here.
+The same trained Q-Former and projection before the language model held as fp32, int8 and nf4. See README.md here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def measure(options: argparse.Namespace, kind: str) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model"
-        shutil.copytree(shipped_folder(options.model) or options.model, copy)
+        given = shipped_folder(options.model) or Path(options.model)
+        shutil.copytree(given / "model" if (given / "model").is_dir() else given, copy)  # a run's or a model's folder
         settings = json.loads((copy / "config.json").read_text("utf-8"))
         settings["config"]["llm"]["weights"] = kind
         (copy / "config.json").write_text(json.dumps(settings), "utf-8")

@@ -79,11 +79,13 @@ class FeatureStore:
             for name, (type_, size) in _arrays(shape, kind).items():
                 made.append(folder / name)
                 _reserve(made[-1], int(np.prod(size)) * np.dtype(type_).itemsize)
-        except OSError as error:
-            for array in made:
+            write_text(path, json.dumps({**asdict(encoded), "shape": shape, "type": kind}, indent=1) + "\n")
+        except BaseException as error:
+            for array in made:  # else the folder would be one of other files next time
                 array.unlink(missing_ok=True)
-            raise DataError(f"{folder}: can't be written ({error.strerror or error})") from error
-        write_text(path, json.dumps({**asdict(encoded), "shape": shape, "type": kind}, indent=1) + "\n")
+            if isinstance(error, OSError):
+                raise DataError(f"{folder}: can't be written ({error.strerror or error})") from error
+            raise
         return cls(folder, shape, kind, writing=True)
 
     def missing(self) -> np.ndarray:
@@ -210,7 +212,7 @@ def _note(folder: Path) -> dict[str, Any]:
             f"{folder / NOTE}: can't be read ({reason(error)}); if it is of features, {DELETE}, and compute again"
         ) from error
     if not whole:
-        raise DataError(f"{folder / NOTE}: isn't what `vlm data features` writes; choose another --out")
+        raise DataError(f"{folder / NOTE}: isn't what `vlm data features` writes; choose another folder")
     return note
 
 

@@ -27,11 +27,9 @@ class PackedLinear(nn.Module):
 def pack_linears(network: nn.Module) -> int:
     """Replace the fp32 linear layers of a network on a CPU by packed ones; how many were replaced.
 
-    Embeddings stay, since rows are looked up in them; those that our own heads multiply by too. A language model's head
-    that shares its embedding's weight is a linear layer, and gets a second copy: at two rows or more its product,
-    which every new token waits for, takes a quarter of the time (2 rows of 576 to 49152 on an EPYC with AVX2). Where
-    any were replaced, other fp32 tensors get memory of their own: one that lies in a mapped weights file keeps all of
-    it.
+    Embeddings stay, since rows are looked up in them. A language model's head that shares its embedding's weight is a
+    linear layer of its own, and is laid out a second time: every new token waits for its product. Where any were
+    replaced, other fp32 tensors get memory of their own: one that lies in a mapped weights file keeps all of it.
 
     The network can't be trained, saved or moved any more. Elsewhere (a GPU, half precision, a torch without
     oneDNN) nothing is changed. Layers derived from nn.Linear stay, since others may look into them.

@@ -67,7 +67,7 @@ def load_llm(name: str, settings: LlmConfig) -> tuple[LanguageModel, str]:
     end = _special(folder, name)["end"]
     kept = TYPES.get(settings.weights)
     if kept is None:
-        # Before anything else becomes fp32, so that the model is never there as a whole in fp32.
+        # Before anything else becomes fp32: in int8, and in nf4 without a GPU, it is never there in fp32 as a whole.
         hold_in_few_bits(inner, settings.weights)
     inner.to(kept or torch.float32)
     return LanguageModel(inner, end_id=end, keeps_type=settings.weights != "fp32"), digest

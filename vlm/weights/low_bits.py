@@ -26,7 +26,9 @@ def hold_in_few_bits(network: nn.Module, kind: str) -> None:
         hold_in_int8(network, but=head)
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise WeightsError("llm.weights nf4 needs bitsandbytes: pip install bitsandbytes, or set llm.weights to int8")
+        raise WeightsError(
+            "llm.weights nf4 needs bitsandbytes: pip install 'bitsandbytes>=0.50', or set llm.weights to int8"
+        )
     import bitsandbytes
 
     if not torch.cuda.is_available() and "cpu" not in getattr(bitsandbytes, "supported_torch_devices", ()):
