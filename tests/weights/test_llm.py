@@ -197,7 +197,7 @@ def test_missing_packages_are_named_with_their_command(tmp_path: Path, monkeypat
     monkeypatch.setattr(llms.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match="pip install gguf accelerate"):
         converted(file)
-    with pytest.raises(WeightsError, match="needs bitsandbytes: pip install 'bitsandbytes>=0.50'"):
+    with pytest.raises(WeightsError, match=r"needs bitsandbytes: pip install 'bitsandbytes>=0\.50'"):
         low_bits.hold_in_few_bits(inner("llama"), "nf4")
     assert not list((tmp_path / "cache" / "llms").glob("[!.]*"))  # nothing half-made
 
