@@ -202,8 +202,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Both sides wrote the same tokens; the last isn't compared, since ours may end there. Medians of "
-        f"{result['rounds']} rounds in turns in one process, ratios with {100 * coverage:.0f} % intervals. Random weights; every text has its full length. On a CPU linear layers of "
-        "vlm are laid out for oneDNN, as `vlm caption` does once when it has loaded the model.",
+        f"{result['rounds']} rounds in turns in one process, ratios with {100 * coverage:.0f} % intervals. Random "
+        "weights; every text has its full length. On a CPU linear layers of vlm are laid out for oneDNN, as `vlm "
+        "caption` does once when it has loaded the model.",
         "",
         f"{result['machine']}, {result['threads']} threads; " + listed(result["versions"]) + ".",
     ]
