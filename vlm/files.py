@@ -56,6 +56,11 @@ def _write_into(path: Path, write: Callable[[BinaryIO], Result], error: type[Vlm
         raise error(f"{path}: can't be written ({problem.strerror or problem}){advice}") from problem
 
 
+def visible_names(folder: Path) -> list[str]:
+    """Sorted names of what a folder holds, without hidden files such as locks. Raises OSError as `Path.iterdir`."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def write_text(path: Path, text: str, *, error: type[VlmError] = DataError, advice: str = "") -> None:
     """Write a text as `write_file` does; bytes of file names that aren't letters are escaped."""
     content = text.encode("utf-8", errors="backslashreplace")

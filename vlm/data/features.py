@@ -25,7 +25,7 @@ from vlm.data.samples import stable_id
 from vlm.data.sources import Source
 from vlm.data.transforms import ImageTransform
 from vlm.errors import DataError, reason
-from vlm.files import write_text
+from vlm.files import visible_names, write_text
 
 NOTE = "features.json"
 DELETE = f"delete {NOTE}, states.bin, pictures.bin and done.bin there"
@@ -73,8 +73,7 @@ class FeatureStore:
         made: list[Path] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-            if others:
+            if others := visible_names(folder):
                 raise DataError(f"{folder}: holds other files, such as {others[0]}; choose a new or empty --out")
             for name, (type_, size) in _arrays(shape, kind).items():
                 made.append(folder / name)

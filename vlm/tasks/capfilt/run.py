@@ -11,7 +11,7 @@ from typing import Any
 
 from vlm.data.sources import Source, open_source
 from vlm.errors import ConfigError, DataError
-from vlm.files import held_alone, write_text
+from vlm.files import held_alone, visible_names, write_text
 from vlm.models.blip import BlipConfig
 from vlm.tasks.capfilt.check import Exchanged, score_exchanged
 from vlm.tasks.capfilt.engines import check_ray, run_units
@@ -134,7 +134,7 @@ def _check_out(out: Path) -> None:
     if not out.is_dir():
         return
     try:
-        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        names = visible_names(out)
     except OSError as problem:
         raise DataError(f"{out}: can't be read ({problem.strerror or problem}); choose another folder") from problem
     if names and BEGUN not in names:
