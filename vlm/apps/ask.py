@@ -37,12 +37,12 @@ def ask(
     config = _config(strategy, max_new_tokens)
     choices = None if answers is None else read_lines(answers, "answers")
     check_questions(questions)
-    load_image(image)  # before a model is read for it
+    picture = load_image(image)  # before a model is read for it
     asker = Asker(_loaded(model, device, llm), config, seed=seed)
     if choices is None:
-        found = asker.ask(str(image), questions)
+        found = asker.ask(picture, questions)
     else:
-        found = [ranked[0].text for ranked in asker.rank(str(image), questions, choices)]
+        found = [ranked[0].text for ranked in asker.rank(picture, questions, choices)]
     for answer in found:
         typer.echo(answer)
 
@@ -64,8 +64,8 @@ def chat(
     log_warnings()
     if sys.stdin is None:
         raise ConfigError("vlm chat reads questions from standard input, which is closed; vlm ask takes them as words")
-    load_image(image)  # before a model is read for it
-    talk = Chat(_loaded(model, device, llm), str(image), _config(strategy, max_new_tokens), seed=seed)
+    picture = load_image(image)  # before a model is read for it
+    talk = Chat(_loaded(model, device, llm), picture, _config(strategy, max_new_tokens), seed=seed)
     while True:
         if sys.stdin.isatty():
             typer.echo("> ", nl=False)
