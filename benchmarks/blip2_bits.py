@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, kind: str) -> dict[str, Any]:
 
     from vlm.data.sources import open_source
     from vlm.tasks.language import evaluate_language
-    from vlm.weights.load import load
+    from vlm.weights.load import load, run_model
     from vlm.weights.shipped import shipped_folder
 
     if options.threads:
@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model"
         given = shipped_folder(options.model) or Path(options.model)
-        shutil.copytree(given / "model" if (given / "model").is_dir() else given, copy)  # a run's or a model's folder
+        shutil.copytree(run_model(given) or given, copy)
         settings = json.loads((copy / "config.json").read_text("utf-8"))
         settings["config"]["llm"]["weights"] = kind
         (copy / "config.json").write_text(json.dumps(settings), "utf-8")

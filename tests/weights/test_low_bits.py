@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +72,6 @@ def test_nf4_is_refused_without_what_it_needs(folder: Path, monkeypatch: pytest.
         low_bits.hold_in_few_bits(inner("llama"), "nf4")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes isn't installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="packed when it moves to the GPU")
 def test_nf4_says_nearly_the_same_in_half_of_int8_s_memory(folder: Path) -> None:
     """On a CPU; and LoRA beside it learns, and stays beside it."""

@@ -42,7 +42,8 @@ def hold_in_few_bits(network: nn.Module, kind: str) -> None:
 def _to_nf4(network: nn.Module, head: nn.Module) -> None:
     import bitsandbytes as bnb
 
-    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # few CPUs have products of bf16
+    on_gpu = torch.cuda.is_available()
+    kind = torch.bfloat16 if on_gpu else torch.float32  # few CPUs have products of bf16
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head:
@@ -53,7 +54,7 @@ def _to_nf4(network: nn.Module, head: nn.Module) -> None:
                 weight: Any = bnb.nn.Params4bit(
                     child.weight.detach(), requires_grad=False, compress_statistics=False, quant_type="nf4"
                 )
-                small.weight = weight if torch.cuda.is_available() else weight.to("cpu")
+                small.weight = weight if on_gpu else weight.to("cpu")
                 small.bias = child.bias
                 # A layout of CPUs with bf16 products, which bitsandbytes changes to when no gradient is asked for and
                 # which gives none once one is.
